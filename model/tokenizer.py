@@ -19,8 +19,8 @@ Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 class Tokenizer:
     """A byte-level BPE whose ids 0, 1, 2 come only from the chat template, never from a text.
 
-    A text that spells ``</s>`` is encoded letter by letter, so that data and requests cannot forge the
-    end of a turn. ``transformers`` loads the same folder with ``AutoTokenizer``.
+    A text that spells ``</s>`` is encoded letter by letter, so that data and requests cannot forge
+    the end of a turn. ``transformers`` loads the same folder with ``AutoTokenizer``.
 
     Raises:
         FileNotFoundError: no ``tokenizer.json`` in the folder.
@@ -32,7 +32,8 @@ class Tokenizer:
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist: make a tokenizer with train_tokenizer.py, or name its folder with --tokenizer"
+                f"{path} does not exist: make a tokenizer with train_tokenizer.py, "
+                "or name its folder with --tokenizer"
             )
         try:
             self._bpe = tokenizers.Tokenizer.from_file(str(path))
@@ -55,7 +56,9 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of what decides the ids (vocabulary, merges, pre-tokenizer), not of the file's layout."""
+        """Hash of what decides the ids (vocabulary, merges, pre-tokenizer), not of the file's
+        layout.
+        """
         spec = json.loads(self._bpe.to_str())
         merges = [m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"]]
         decisive = [spec["model"]["vocab"], merges, spec["normalizer"], spec["pre_tokenizer"]]
@@ -77,7 +80,9 @@ class Tokenizer:
         """Return ``<s>`` text ``</s>``, a document of pretraining."""
         return [BOS_ID, *self.encode(text), EOS_ID]
 
-    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    ) -> list[int]:
         """Return the ids of v1's chat text, see :meth:`encode_chat_masked`."""
         ids = self.encode_chat_masked(messages)[0]
         if add_generation_prompt:
@@ -89,12 +94,13 @@ class Tokenizer:
     ) -> tuple[list[int], list[bool]]:
         """Return the ids of a conversation and which of them the assistant says.
 
-        The text is v1's: a system text as it is, then ``<s>user\\n…</s>\\n`` and ``<s>assistant\\n…</s>\\n``.
-        The mask is true on every assistant content and its ``</s>``. ``contents`` are the messages' encoded
-        contents where they are at hand from a batch.
+        The text is v1's: a system text as it is, then ``<s>user\\n…</s>\\n`` and
+        ``<s>assistant\\n…</s>\\n``. The mask is true on every assistant content and its ``</s>``.
+        ``contents`` are the messages' encoded contents where they are at hand from a batch.
 
         Raises:
-            ValueError: a role that is none of ``system user assistant``, or a system text that is not first.
+            ValueError: a role that is none of ``system user assistant``, or a system text that is
+                not first.
         """
         ids: list[int] = []
         mask: list[bool] = []
@@ -108,11 +114,15 @@ class Tokenizer:
             content = self.encode(message["content"]) if contents is None else contents[index]
             if role == "system":
                 if index:
-                    raise ValueError(f"messages[{index}].role is 'system': a system text stands first")
+                    raise ValueError(
+                        f"messages[{index}].role is 'system': a system text stands first"
+                    )
                 add(content)
                 continue
             if role not in ROLES:
-                raise ValueError(f'messages[{index}].role is {role!r}: use "system", "user" or "assistant"')
+                raise ValueError(
+                    f'messages[{index}].role is {role!r}: use "system", "user" or "assistant"'
+                )
             add([BOS_ID, *self._headers[role]])
             add([*content, EOS_ID], trained=role == "assistant")
             add(self._newline)
