@@ -9,132 +9,30 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
+
+from .tally import BadRecord, Place, Tally
 
 BATCH_BYTES = 1 << 20  # what one worker gets at a time
 MAX_RECORD_BYTES = 32 << 20  # one record; a novel of ten million Chinese characters still fits
-EXAMPLES = 3  # places remembered for each reason
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".txt")
-
-
-class Place(NamedTuple):
-    """A line of a file, counted from 1."""
-
-    path: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
-
-
-class BadRecord(Exception):
-    """A record that gives no row: ``reason`` from a fixed list, ``detail`` what stood there."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-
-@dataclass
-class Cases:
-    """How often something happened, and where first."""
-
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Tally:
-    """Counts of what was read and of what was skipped, filtered out or changed, by reason.
-
-    ``skipped`` records could not be used, ``filtered`` rows were good but not wanted, ``changed``
-    rows were kept in another form. ``extra`` counts rows beyond one per record (ranked answers give
-    several pairs).
-    """
-
-    read: int = 0
-    extra: int = 0
-    skipped: dict[str, Cases] = field(default_factory=dict)
-    filtered: dict[str, Cases] = field(default_factory=dict)
-    changed: dict[str, Cases] = field(default_factory=dict)
-
-    @property
-    def usable(self) -> int:
-        """Rows that the records gave, before filters."""
-        return self.read + self.extra - self.n_skipped
-
-    @property
-    def kept(self) -> int:
-        """Rows that the records gave and the filters let through."""
-        return self.usable - sum(cases.count for cases in self.filtered.values())
-
-    @property
-    def n_skipped(self) -> int:
-        """Records that gave nothing."""
-        return sum(cases.count for cases in self.skipped.values())
-
-    def skip(self, reason: str, place: Place, detail: str = "") -> None:
-        """Count a record that gives no row."""
-        _count(self.skipped, reason, place, detail)
-
-    def filter(self, reason: str, place: Place, detail: str = "") -> None:
-        """Count a good row that the user's filters leave out."""
-        _count(self.filtered, reason, place, detail)
-
-    def change(self, reason: str, place: Place, detail: str = "") -> None:
-        """Count a row that is kept, but not as it stood."""
-        _count(self.changed, reason, place, detail)
-
-    def merge(self, other: "Tally") -> None:
-        """Add the counts of ``other``, which came later in the file."""
-        self.read += other.read
-        self.extra += other.extra
-        for name in ("skipped", "filtered", "changed"):
-            mine: dict[str, Cases] = getattr(self, name)
-            for reason, cases in getattr(other, name).items():
-                known = mine.setdefault(reason, Cases())
-                known.count += cases.count
-                known.examples += cases.examples[: EXAMPLES - len(known.examples)]
-
-    def report(self) -> str:
-        """Return the counts as lines to print, most frequent reason first."""
-        head = f"read {self.read:,} records"
-        if self.extra:
-            head += f", which gave {self.usable:,} rows"
-        lines = [f"{head}; kept {self.kept:,}"]
-        for title in ("skipped", "filtered", "changed"):
-            reasons: dict[str, Cases] = getattr(self, title)
-            if not reasons:
-                continue
-            lines.append(f"  {title} {sum(cases.count for cases in reasons.values()):,}:")
-            for reason, cases in sorted(reasons.items(), key=lambda item: -item[1].count):
-                more = ", …" if cases.count > len(cases.examples) else ""
-                lines.append(f"    {cases.count:>9,}  {reason}: {', '.join(cases.examples)}{more}")
-        return "\n".join(lines)
-
-
-def _count(reasons: dict[str, Cases], reason: str, place: Place, detail: str) -> None:
-    cases = reasons.setdefault(reason, Cases())
-    cases.count += 1
-    if len(cases.examples) < EXAMPLES:
-        cases.examples.append(f"{place} ({detail})" if detail else str(place))
 
 
 @dataclass
 class Batch:
     """About ``BATCH_BYTES`` of a file, cut between records: the unit of work for one process.
 
-    ``content`` is whole lines as bytes (``kind`` "json" or "text") or a list of ``(line, object)``;
-    ``tally`` counts what was met while cutting; ``file_bytes`` is how much of the file, packed if it
-    is, has been read.
+    ``content`` is whole lines as bytes (``kind`` "json" or "text") or a list of places and values;
+    ``tally`` counts what was met while cutting; ``file_bytes`` is how much of the file, packed if
+    it is, has been read.
     """
 
     path: str
     kind: str
     first_line: int
-    content: bytes | list[tuple[int, Any]]
+    content: bytes | list[tuple[Place, Any]]
     tally: Tally
     file_bytes: int = 0
 
@@ -162,6 +60,9 @@ def read_batches(path: str | Path) -> Iterator[Batch]:
         else:
             batches = _line_batches(source, "json")
         for batch in batches:
+            if source.has_bom:
+                batch.tally.change("byte order mark removed", Place(source.path, 1))
+                source.has_bom = False
             batch.file_bytes = raw.tell()
             yield batch
 
@@ -185,9 +86,9 @@ def read_records(batch: Batch, tally: Tally) -> Iterator[tuple[Place, Any]]:
     """Yield each readable record of a batch with its place: what JSON held, or a line of text."""
     tally.merge(batch.tally)
     if isinstance(batch.content, list):
-        for line, value in batch.content:
+        for place, value in batch.content:
             tally.read += 1
-            yield Place(batch.path, line), value
+            yield place, value
         return
     lines = batch.content.split(b"\n")
     if not lines[-1]:
@@ -250,6 +151,9 @@ class _Source:
         if self.first[:2] in (b"\xff\xfe", b"\xfe\xff") or self.first[:4] == b"PAR1":
             kind = "Parquet" if self.first[:4] == b"PAR1" else "UTF-16"
             raise ValueError(f"{path} holds {kind}, expected text in UTF-8: convert it first")
+        self.has_bom = self.first.startswith(codecs.BOM_UTF8)
+        if self.has_bom:
+            self.first = self.first[len(codecs.BOM_UTF8) :]
 
     def blocks(self) -> Iterator[bytes]:
         """Yield the whole content, about ``BATCH_BYTES`` at a time."""
@@ -317,13 +221,15 @@ class _TableLines:
     """Feeds the csv module line by line and knows where in the file it is."""
 
     def __init__(self, source: _Source) -> None:
-        self.line = 0  # the last one handed out
-        self.tally = Tally()
+        self.first_line = 0  # of the record being read
         self.problem = ""  # of the record being read
-        self._lines = self._read(source)
+        self.tally = Tally()
+        self._line = 0
         self._is_inside = False
+        self._lines = self._read(source)
 
     def begin_record(self) -> None:
+        """Forget the record before; the next line begins a new one."""
         self.problem, self._is_inside = "", False
 
     def __iter__(self) -> Iterator[str]:
@@ -334,51 +240,51 @@ class _TableLines:
             if batch.tally.skipped and self._is_inside:
                 self.problem = "CSV row with a line left out"
             self.tally.merge(batch.tally)
-            self.line = batch.first_line - 1
+            self._line = batch.first_line - 1
             for data in io.BytesIO(batch.content):  # splits on \n alone and keeps it
-                self.line += 1
-                self._is_inside = True
+                self._line += 1
+                if not self._is_inside:
+                    self.first_line, self._is_inside = self._line, True
                 yield self._decode(data)
 
     def _decode(self, data: bytes) -> str:
         try:
-            text = data.decode("utf-8")
+            return data.decode("utf-8")
         except UnicodeDecodeError:
             self.problem = "not valid UTF-8"
             return data.decode("utf-8", "replace")
-        return text.removeprefix("\ufeff") if self.line == 1 else text
 
 
 def _table_batches(source: _Source) -> Iterator[Batch]:
     """Yield rows of a CSV as dicts by the header's names.
 
-    ``strict`` parsing fails at a stray quote and goes on with the next line; without it, a quote that
-    nobody closed would swallow the rows after it in silence.
+    ``strict`` parsing fails at a stray quote and goes on with the next line; without it, a quote
+    that nobody closed would swallow the rows after it in silence.
     """
     csv.field_size_limit(MAX_RECORD_BYTES)
     lines = _TableLines(source)
     reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
-    rows: list[tuple[int, Any]] = []
+    rows: list[tuple[Place, Any]] = []
     n_chars = 0
     is_at_end = False
     while not is_at_end:
         lines.begin_record()
-        first_line = lines.line + 1
         try:
             cells = next(reader, None)
             is_at_end = cells is None
             if header is None and cells:
                 header = [name.strip() for name in cells]
             elif cells is not None:
-                rows.append((first_line, _table_row(cells, header, lines.problem)))
+                row = _table_row(cells, header, lines.problem)
+                rows.append((Place(source.path, lines.first_line), row))
                 n_chars += sum(map(len, cells))
         except (BadRecord, csv.Error) as error:
             bad = error if isinstance(error, BadRecord) else BadRecord("broken CSV row", str(error))
             lines.tally.read += 1
-            lines.tally.skip(bad.reason, Place(source.path, first_line), bad.detail)
+            lines.tally.skip(bad.reason, Place(source.path, lines.first_line), bad.detail)
         if n_chars > BATCH_BYTES // 2 or len(rows) >= 10_000 or is_at_end:
-            yield Batch(source.path, "table", first_line, rows, lines.tally)
+            yield Batch(source.path, "table", 0, rows, lines.tally)
             rows, n_chars, lines.tally = [], 0, Tally()
 
 
@@ -408,22 +314,29 @@ def _array_batches(source: _Source) -> Iterator[Batch]:
     text = _ArrayText(source)
     tally = Tally()
     decoder = json.JSONDecoder()
-    elements: list[tuple[int, Any]] = []
-    n_chars = 0
+    elements: list[tuple[Place, Any]] = []
+    n_elements = n_chars = 0
     while text.find_element():
-        place = Place(source.path, text.line)
+        n_elements += 1
+        place = Place(source.path, text.line, n_elements)
         try:
             value, n_read = text.decode(decoder)
-            elements.append((place.line, value))
+            elements.append((place, value))
             n_chars += n_read
         except BadRecord as bad:
             tally.read += 1
             tally.skip(bad.reason, place, bad.detail)
         if n_chars > BATCH_BYTES // 2 or len(elements) >= 10_000:
-            yield Batch(source.path, "array", place.line, elements, tally)
+            yield Batch(source.path, "array", 0, elements, tally)
             elements, n_chars, tally = [], 0, Tally()
+    if not text.is_closed:
+        tally.read += 1
+        tally.skip('the array has no end ("]")', Place(source.path, text.line))
     source.note_damage(tally, text.line)
-    yield Batch(source.path, "array", text.line, elements, tally)
+    yield Batch(source.path, "array", 0, elements, tally)
+
+
+SEPARATORS = re.compile(r"[\s,]*")
 
 
 class _ArrayText:
@@ -431,8 +344,9 @@ class _ArrayText:
 
     def __init__(self, source: _Source) -> None:
         self.line = 1
+        self.is_closed = False
         self._blocks = source.blocks()
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._text = ""
         self._at = 0
         self._is_complete = False
@@ -442,16 +356,16 @@ class _ArrayText:
 
     def find_element(self) -> bool:
         """Go to the next element; false at the end of the array."""
-        start = self._at
         while True:
-            match = re.compile(r"[\s,]*").match(self._text, self._at)
-            if match.end() < len(self._text) or self._is_complete:
+            end = SEPARATORS.match(self._text, self._at).end()
+            is_closed = self._text[end : end + 1] == "]" and not self._text[end + 1 :].strip()
+            if self._is_complete or not (is_closed or end == len(self._text)):
                 break
             self._read(BATCH_BYTES)
-            start = self._at
-        border = self._text[start : match.end()]
-        self._advance(match.end())
-        if self._at == len(self._text) or self._text[self._at] == "]":
+        border = self._text[self._at : end]
+        self._advance(end)
+        self.is_closed = is_closed
+        if is_closed or end == len(self._text):
             return False
         if not self._border or "," in border:
             self._border = border if "," in border else "," + border
@@ -465,17 +379,11 @@ class _ArrayText:
                 break
             except (ValueError, RecursionError) as error:
                 n_pending = len(self._text) - self._at
-                if (
-                    not self._is_complete
-                    and n_pending < MAX_RECORD_BYTES
-                    and isinstance(error, ValueError)
-                ):
-                    self._read(
-                        max(BATCH_BYTES, n_pending)
-                    )  # doubling: a long element is parsed a few times
-                    continue
-                self._pass_over()
-                raise BadRecord("broken JSON", _brief(error)) from None
+                may_go_on = not self._is_complete and n_pending < MAX_RECORD_BYTES
+                if isinstance(error, RecursionError) or not may_go_on:
+                    self._pass_over()
+                    raise BadRecord("broken JSON", _brief(error)) from None
+                self._read(max(BATCH_BYTES, n_pending))  # doubled, so it is parsed few times
         element = self._text[self._at : end]
         self._advance(end)
         try:

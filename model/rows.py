@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .records import BadRecord, Batch, Place, Tally, read_batches, read_records
+from .records import Batch, read_batches, read_records
+from .tally import BadRecord, Place, Tally
 
 FORMAT_PROBE = 1_000  # so many records without a usable one: a wrong file, not a few bad lines
 MAX_RANKED = 16  # answers of one question that are paired: 120 pairs
@@ -55,9 +56,7 @@ def read_documents(path: str | Path, tally: Tally) -> Iterator[str]:
     Raises:
         FileNotFoundError, ValueError: no such file, or a file of another format.
     """
-    for batch in checked_batches(path, tally, DOCUMENT_FORMS):
-        for _, document in documents_of(batch, tally):
-            yield document
+    yield from _read(path, tally, documents_of, DOCUMENT_FORMS)
 
 
 def read_conversations(path: str | Path, tally: Tally) -> Iterator[list[Message]]:
@@ -69,9 +68,7 @@ def read_conversations(path: str | Path, tally: Tally) -> Iterator[list[Message]
     Raises:
         FileNotFoundError, ValueError: no such file, or a file of another format.
     """
-    for batch in checked_batches(path, tally, CONVERSATION_FORMS):
-        for _, messages in conversations_of(batch, tally):
-            yield messages
+    yield from _read(path, tally, conversations_of, CONVERSATION_FORMS)
 
 
 def read_preferences(path: str | Path, tally: Tally) -> Iterator[dict[str, Any]]:
@@ -80,34 +77,45 @@ def read_preferences(path: str | Path, tally: Tally) -> Iterator[dict[str, Any]]
     Raises:
         FileNotFoundError, ValueError: no such file, or a file of another format.
     """
-    for batch in checked_batches(path, tally, PREFERENCE_FORMS):
-        for _, pair in preferences_of(batch, tally):
-            yield pair
+    yield from _read(path, tally, preferences_of, PREFERENCE_FORMS)
 
 
-def checked_batches(path: str | Path, tally: Tally, expected: str) -> Iterator[Batch]:
-    """Yield the batches of a file; raise when ``tally``, which counts them, shows another format."""
-    read_before, usable_before = tally.read, tally.usable
+class FormatCheck:
+    """Tells a few bad records from a file of another format, from the tallies of its batches."""
+
+    def __init__(self, path: str | Path, expected: str) -> None:
+        self._path, self._expected = path, expected
+        self._tally = Tally()
+
+    def add(self, tally: Tally) -> None:
+        """Take in the next batch; raise after ``FORMAT_PROBE`` records without one of use."""
+        self._tally.merge(tally)
+        if self._tally.read >= FORMAT_PROBE:
+            self.finish()
+
+    def finish(self) -> None:
+        """Raise if there were records, and none of use."""
+        if self._tally.read and not self._tally.usable:
+            reasons = "; ".join(
+                f"{reason}: {cases}" for reason, cases in self._tally.skipped.items()
+            )
+            raise ValueError(
+                f"{self._path}: none of the first {self._tally.read:,} records can be used: "
+                f"{reasons}. Expected {self._expected}"
+            )
+
+
+def _read(path: str | Path, tally: Tally, parse: Callable, expected: str) -> Iterator[Any]:
+    check = FormatCheck(path, expected)
     for batch in read_batches(path):
-        yield batch
-        if tally.read - read_before >= FORMAT_PROBE:
-            check_format(path, tally, read_before, usable_before, expected)
-    check_format(path, tally, read_before, usable_before, expected)
-
-
-def check_format(path: str | Path, tally: Tally, read: int, usable: int, expected: str) -> None:
-    """Raise if records were read beyond ``read`` but none beyond ``usable`` was of use."""
-    if tally.read > read and tally.usable == usable:
-        reasons = "; ".join(
-            f"{reason} ({example})"
-            for reason, cases in tally.skipped.items()
-            for example in cases.examples[:1]
-            if str(path) in example
-        )
-        raise ValueError(
-            f"{path}: none of the first {tally.read - read:,} records can be used: {reasons}; "
-            f"expected {expected}"
-        )
+        counted = Tally()
+        try:
+            for _, row in parse(batch, counted):
+                yield row
+        finally:  # also when the caller has enough
+            tally.merge(counted)
+        check.add(counted)
+    check.finish()
 
 
 def documents_of(batch: Batch, tally: Tally) -> Iterator[tuple[Place, str]]:
@@ -228,12 +236,11 @@ def _question_turns(row: dict[str, Any]) -> list[Message]:
         raise _missing('question ("input", "q" or "instruction")', row)
     question = question or ""
     history = _history(row.get("history"))
-    system = _string(row, "system") or ""
-    if instruction and question.strip() and history and not system:
-        system = instruction
+    turns = _system_turn(row)
+    if instruction and question.strip() and history and not turns:
+        turns = [_turn("system", instruction)]
     elif instruction:
         question = f"{instruction}\n{question}" if question else instruction
-    turns = [_turn("system", system)] if system.strip() else []
     for asked, answered in history:
         turns += (_turn("user", asked), _turn("assistant", answered))
     return [*turns, _turn("user", question)]
@@ -281,8 +288,12 @@ def _parse_cell(cell: str) -> Any:
 def _listed_turns(row: dict[str, Any]) -> list[Message]:
     """Return the turns of ``messages`` or ``conversations``, a ``system`` field before them."""
     name = "messages" if "messages" in row else "conversations"
+    return [*_system_turn(row), *_turns(row[name], name)]
+
+
+def _system_turn(row: dict[str, Any]) -> list[Message]:
     system = _string(row, "system")
-    return [*([_turn("system", system)] if system else []), *_turns(row[name], name)]
+    return [_turn("system", system)] if system else []
 
 
 def _turns(items: Any, name: str) -> list[Message]:
@@ -331,6 +342,8 @@ def _tidy(turns: list[Message], note: Note) -> list[Message]:
 
 
 def _preferences(row: dict[str, Any], note: Note) -> list[dict[str, Any]]:
+    if "reject" in row and "rejected" not in row:
+        row = {name: _unescaped(value, note) for name, value in row.items()}
     if isinstance(row.get("output"), list) and "chosen" not in row:
         answers = _ranked(row["output"], note)
         context = None
@@ -344,9 +357,6 @@ def _preferences(row: dict[str, Any], note: Note) -> list[dict[str, Any]]:
         answers, context = [chosen, rejected], before or None
     answers = [_clean(answer, note) for answer in answers]
     prompt = _prompt(row, context, note)
-    if "reject" in row and "rejected" not in row:
-        prompt = [_turn(turn["role"], _unescaped(turn["content"], note)) for turn in prompt]
-        answers = [_unescaped(answer, note) for answer in answers]
     if any(not answer or answer.isspace() for answer in answers):
         raise BadRecord("empty answer")
     is_one_question = len(prompt) == 1
@@ -395,9 +405,9 @@ def _prompt(row: dict[str, Any], context: list[Message] | None, note: Note) -> l
     elif "conversations" in row or "messages" in row:
         turns = _listed_turns(row)
     elif isinstance(row.get("prompt"), list):
-        turns = _turns(row["prompt"], "prompt")
+        turns = [*_system_turn(row), *_turns(row["prompt"], "prompt")]
     elif (prompt := _string(row, "prompt")) is not None:
-        turns = [_turn("user", prompt)]
+        turns = [*_system_turn(row), _turn("user", prompt)]
     elif any(name in row for name in ("instruction", "input", "q")):
         turns = _question_turns(row)
     else:
@@ -414,12 +424,12 @@ ESCAPED_BREAK = re.compile(
 )
 
 
-def _unescaped(text: str, note: Note) -> str:
+def _unescaped(text: Any, note: Note) -> Any:
     """Return huozi's text with the two characters ``\\n`` as line breaks.
 
     A text that has real line breaks means what it says and stays.
     """
-    if "\\n" not in text or "\n" in text:
+    if not isinstance(text, str) or "\\n" not in text or "\n" in text:
         return text
     text, n_breaks = ESCAPED_BREAK.subn("\n", text)
     if n_breaks:
