@@ -43,13 +43,8 @@ def read_batches(path: str | Path) -> Iterator[Batch]:
     Raises:
         FileNotFoundError, ValueError: no such file, or nothing that can be read as its name says.
     """
-    path = Path(path)
-    suffix = content_suffix(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not a file: check the name, or run data_process.py --help"
-        )
-    with path.open("rb") as raw:
+    suffix = check_file(path)
+    with Path(path).open("rb") as raw:
         source = _Source(path, raw)
         if suffix == ".csv":
             batches = _table_batches(source)
@@ -67,12 +62,16 @@ def read_batches(path: str | Path) -> Iterator[Batch]:
             yield batch
 
 
-def content_suffix(path: str | Path) -> str:
+def check_file(path: str | Path) -> str:
     """Return the suffix that tells a file's format, ``.xz`` and ``.gz`` taken off.
 
     Raises:
-        ValueError: it is none of ``SUFFIXES``.
+        FileNotFoundError, ValueError: there is no such file, or the suffix is none of ``SUFFIXES``.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path} is not a file: check the name; data_process.py --help lists what it reads"
+        )
     name = Path(path).name.lower().removesuffix(".xz").removesuffix(".gz")
     suffix = Path(name).suffix
     if suffix not in SUFFIXES:
@@ -133,7 +132,7 @@ def _brief(error: Exception) -> str:
 class _Source:
     """The unpacked bytes of a file in blocks; a packed file that breaks off gives what it holds."""
 
-    def __init__(self, path: Path, raw: BinaryIO) -> None:
+    def __init__(self, path: str | Path, raw: BinaryIO) -> None:
         self.path = str(path)
         magic = raw.peek(6)[:6]
         self.packed = (

@@ -84,7 +84,7 @@ class FormatCheck:
     """Tells a few bad records from a file of another format, from the tallies of its batches."""
 
     def __init__(self, path: str | Path, expected: str) -> None:
-        self._path, self._expected = path, expected
+        self.path, self._expected = str(path), expected
         self._tally = Tally()
 
     def add(self, tally: Tally) -> None:
@@ -100,7 +100,7 @@ class FormatCheck:
                 f"{reason}: {cases}" for reason, cases in self._tally.skipped.items()
             )
             raise ValueError(
-                f"{self._path}: none of the first {self._tally.read:,} records can be used: "
+                f"{self.path}: none of the first {self._tally.read:,} records can be used: "
                 f"{reasons}. Expected {self._expected}"
             )
 
