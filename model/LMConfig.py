@@ -65,10 +65,10 @@ class LMConfig(PretrainedConfig):
         self.dim = dim
         self.n_layers = n_layers
         self.n_heads = n_heads
-        self.n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        self.n_kv_heads = n_kv_heads
         self.vocab_size = vocab_size
         self.multiple_of = multiple_of
-        self.hidden_dim = swiglu_width(dim, multiple_of) if hidden_dim is None else hidden_dim
+        self.hidden_dim = hidden_dim
         self.norm_eps = norm_eps
         self.max_seq_len = max_seq_len
         self.rope_theta = rope_theta
@@ -83,32 +83,49 @@ class LMConfig(PretrainedConfig):
         self.seq_aux = seq_aux
         self.norm_topk_prob = norm_topk_prob
         self.use_cache = kwargs.pop("use_cache", True)
-        self.check()
-        self.rope_parameters = kwargs.pop("rope_parameters", None)
-        if rope_scaling is not None:
-            self.rope_parameters = parse_rope_scaling(rope_scaling, rope_theta, max_seq_len)
+        rope_parameters = kwargs.pop("rope_parameters", None)
         # v1's ids; tied in every model of the family
         for name, value in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 0)):
             kwargs.setdefault(name, value)
         kwargs.setdefault("tie_word_embeddings", True)
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # takes transformers' names too, so what follows comes after
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        self.check()
+        if self.hidden_dim is None:
+            self.hidden_dim = swiglu_width(self.dim, self.multiple_of)
+        self.rope_scaling = rope_parameters if rope_scaling is None else rope_scaling
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.dim // self.n_heads
 
+    @property
+    def rope_scaling(self) -> dict[str, Any]:
+        """What is stored as ``rope_parameters``; takes all that ``__init__`` takes."""
+        return self.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, scaling: str | dict[str, Any] | None) -> None:
+        self.rope_parameters = parse_rope_scaling(scaling, self.rope_theta, self.max_seq_len)
+        self.rope_theta = self.rope_parameters["rope_theta"]  # a dictionary may bring its own
+
     def check(self) -> None:
         """Raise ``ValueError`` with the next move for a field that no model can be built from."""
-        at_least_one = (
-            "dim n_layers n_heads n_kv_heads vocab_size hidden_dim multiple_of max_seq_len".split()
-        )
+        at_least_one = "dim n_layers n_heads n_kv_heads vocab_size multiple_of max_seq_len".split()
+        if self.hidden_dim is not None:
+            at_least_one += ["hidden_dim"]
         if self.use_moe:
             at_least_one += ["num_experts_per_tok", "n_routed_experts"]
         for name in at_least_one:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not a positive whole number")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name}={value!r} is not a positive number")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}: "
@@ -122,6 +139,10 @@ class LMConfig(PretrainedConfig):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
+        if self.n_shared_experts < 0:
+            raise ValueError(
+                f"n_shared_experts={self.n_shared_experts} is negative: use 0 for none"
+            )
         if self.use_moe and self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than n_routed_experts="
@@ -137,10 +158,10 @@ def swiglu_width(dim: int, multiple_of: int) -> int:
 
 
 def parse_rope_scaling(
-    scaling: str | dict[str, Any], rope_theta: float, max_seq_len: int
+    scaling: str | dict[str, Any] | None, rope_theta: float, max_seq_len: int
 ) -> dict[str, Any]:
-    """Return transformers' ``rope_parameters`` for ``"linear:4"``, ``"yarn:4"`` or its own
-    dictionary.
+    """Return transformers' ``rope_parameters`` for ``"linear:4"``, ``"yarn:4"``, its own dictionary
+    (of those kinds, or of the kind ``"default"``) or None.
 
     Linear position interpolation is arXiv:2306.15595, section 2.3; YaRN is arXiv:2309.00071,
     section 3.4.
@@ -148,21 +169,27 @@ def parse_rope_scaling(
     Raises:
         ValueError: another kind, or a factor below 1.
     """
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": rope_theta}
     if isinstance(scaling, dict):
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        rest = {key: value for key, value in scaling.items() if key not in ("type", "rope_type")}
-        return {"rope_theta": rope_theta, **rest, "rope_type": kind}
-    kind, _, number = scaling.partition(":")
+        kind = scaling.get("rope_type", scaling.get("type", "default"))  # "type" before version 5
+        parameters = {"rope_theta": rope_theta, **scaling, "rope_type": kind}
+        parameters.pop("type", None)
+        if kind == "default":
+            return parameters
+    else:
+        kind, _, factor = str(scaling).partition(":")
+        parameters = {"rope_theta": rope_theta, "rope_type": kind, "factor": factor}
     try:
-        factor = float(number)
-    except ValueError:
-        factor = 0.0
-    if kind not in ("linear", "yarn") or not factor >= 1 or factor == float("inf"):
+        parameters["factor"] = float(parameters["factor"])
+    except (KeyError, TypeError, ValueError):
+        parameters["factor"] = 0.0  # refused below
+    if kind not in ("linear", "yarn") or not 1 <= parameters["factor"] < float("inf"):
         raise ValueError(
             f'rope_scaling={scaling!r} is unknown: use "linear:F" or "yarn:F" with F the factor by '
             "which the context grows, for example linear:4"
         )
-    parameters: dict[str, Any] = {"rope_type": kind, "rope_theta": rope_theta, "factor": factor}
     if kind == "yarn":
-        parameters["original_max_position_embeddings"] = max(1, round(max_seq_len / factor))
+        trained = max(1, round(max_seq_len / parameters["factor"]))
+        parameters.setdefault("original_max_position_embeddings", trained)
     return parameters

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import can_return_tuple
 
 from .LMConfig import LMConfig
 
@@ -62,9 +63,17 @@ class RotaryEmbedding(nn.Module):
         )
         return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Follow ``fn`` to another device, not to bf16 or fp16: by position 2,000 their rounding
+        of the frequencies amounts to a third of a radian.
+        """
+        super()._apply(fn, recurse)
+        self.inv_freq = self.frequencies()[0].to(self.inv_freq.device)
+        return self
+
     @torch.no_grad()
     def forward(self, position_ids: Tensor) -> Rotation:
-        angles = position_ids[..., None, None].float() * self.inv_freq.float()  # (B, T, 1, Dh / 2)
+        angles = position_ids[..., None, None].float() * self.inv_freq  # (B, T, 1, Dh / 2)
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
@@ -95,8 +104,9 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, mask_for: MaskFor, cache: Cache | None
+        self, x: Tensor, rotation: Rotation, mask_for: MaskFor, fused: bool, cache: Cache | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Attend ``x`` (B, T, D); return also the weights (B, H, T, keys) unless ``fused``."""
         head_dim = self.config.head_dim
         q = rotate(self.wq(x).unflatten(-1, (-1, head_dim)), rotation).transpose(
             1, 2
@@ -112,7 +122,7 @@ class Attention(nn.Module):
             mask = mask.to(q.device)  # layers may live on several devices
         dropout = self.config.dropout if self.training else 0.0
         weights = None
-        if self.config.flash_attn and self.config._attn_implementation != "eager":
+        if fused:
             out = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=mask is None and q.shape[2] > 1, enable_gqa=True
             )
@@ -132,9 +142,8 @@ def plain_attention(
     if mask is None and T > 1:
         mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = (
-            scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        )
+        lowest = torch.finfo(scores.dtype).min  # not -inf: a row without any key would be NaN
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     weights = F.dropout(scores.softmax(dim=-1), dropout).type_as(q)
     return weights @ v, weights
 
@@ -175,7 +184,7 @@ class MoEGate(nn.Module):
         E, k = self.config.n_routed_experts, self.config.num_experts_per_tok
         scores = F.linear(x, self.weight).softmax(dim=-1, dtype=torch.float)  # (B, T, E)
         weights, expert_ids = scores.topk(k, dim=-1, sorted=False)
-        if self.config.norm_topk_prob:
+        if self.config.norm_topk_prob and k > 1:  # a single weight of 1 would not train the gate
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         balance = None
         if self.training and self.config.aux_loss_alpha > 0:
@@ -185,13 +194,13 @@ class MoEGate(nn.Module):
             valid = token_mask.to(scores.dtype)[..., None]  # (B, T, 1)
             if not self.config.seq_aux:
                 chosen, scores, valid = (t.flatten(0, 1)[None] for t in (chosen, scores, valid))
-            n_tokens = valid.sum(dim=1).clamp(min=1)  # (B, 1)
-            load = (
-                (chosen * valid).sum(dim=1) / n_tokens * (E / k)
-            )  # (B, E), 1 everywhere when even
-            importance = (scores * valid).sum(dim=1) / n_tokens  # (B, E)
+            n_tokens = valid.sum(dim=1)  # (B, 1)
+            per_token = valid / n_tokens.clamp(min=1)[:, None]  # (B, T, 1)
+            load = (chosen * per_token).sum(dim=1) * (E / k)  # (B, E), 1 everywhere when even
+            importance = (scores * per_token).sum(dim=1)  # (B, E)
             per_sequence = (load * importance).sum(dim=1, keepdim=True)  # (B, 1)
-            balance = self.config.aux_loss_alpha * (per_sequence * n_tokens).sum() / n_tokens.sum()
+            mean = (per_sequence * n_tokens).sum() / n_tokens.sum().clamp(min=1)
+            balance = self.config.aux_loss_alpha * mean
         return weights.type_as(x), expert_ids, balance
 
 
@@ -245,10 +254,11 @@ class TransformerBlock(GradientCheckpointingLayer):
         rotation: Rotation,
         mask_for: MaskFor,
         token_mask: Tensor | None,
+        fused: bool,
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         attended, weights = self.attention(
-            self.attention_norm(x), rotation, mask_for, past_key_values
+            self.attention_norm(x), rotation, mask_for, fused, past_key_values
         )
         x = x + attended
         if isinstance(self.feed_forward, MOEFeedForward):
@@ -331,7 +341,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: tokens (B, T); or ``inputs_embeds`` (B, T, D) in their place.
             attention_mask: (B, past + T), 0 on padding; or (B, 1, T, keys), true where a key is
-                seen (or added to the scores when it is not boolean).
+                seen (added to the scores where it is floating point).
             position_ids: (B, T); by default they go on from the cache's length.
             past_key_values: any ``transformers`` cache, or an object with its ``update`` and
                 ``get_seq_length``; it belongs to the caller.
@@ -340,7 +350,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             ``last_hidden_state`` (B, T, D), normed.
 
         Raises:
-            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``.
+            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``; an attention mask
+                that does not cover the cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, exactly one of them")
@@ -358,6 +369,12 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -T:]
         rotation = self.rotary(position_ids)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        eager = output_attentions or self.config._attn_implementation == "eager"
+        fused = self.config.flash_attn and not eager  # fused kernels do not give the weights
         x = self.dropout(x)
         all_states: list[Tensor] = []
         all_weights: list[Tensor | None] = []
@@ -365,16 +382,12 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         for layer in self.layers:
             all_states.append(x)
             x, balance, weights = layer(
-                x, rotation, mask_for, token_mask, past_key_values=past_key_values
+                x, rotation, mask_for, token_mask, fused, past_key_values=past_key_values
             )
             all_weights.append(weights)
             if balance is not None:
                 balance_losses.append(balance.to(x.device))
         x = self.norm(x)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
         return HiddenStatesOutput(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
@@ -386,6 +399,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     # transformers asks its base model for parallel plans; there are none
     hidden_states._tp_plan = hidden_states._pp_plan = None
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -396,11 +410,10 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast | tuple:
+    ) -> MoeCausalLMOutputWithPast:
         """Return logits (B, T, V), or of the positions that ``logits_to_keep`` names.
 
         ``labels`` (B, T) are the inputs themselves, -100 where nothing is learnt; they are shifted
@@ -421,11 +434,11 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.output(x[:, keep])
         loss = None
-        if labels is not None or "shift_labels" in kwargs:
+        if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             if out.balance_loss is not None:
                 loss = loss + out.balance_loss
-        output = MoeCausalLMOutputWithPast(
+        return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=out.balance_loss,
             logits=logits,
@@ -433,7 +446,6 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
-        return output.to_tuple() if return_dict is False else output
 
 
 def build_mask(attention_mask: Tensor | None, past: int | Tensor, T: int, x: Tensor) -> MaskFor:
@@ -443,6 +455,13 @@ def build_mask(attention_mask: Tensor | None, past: int | Tensor, T: int, x: Ten
     and says so at its update. Where plain causal attention does, the mask is None and the fast
     kernels run.
     """
+    if attention_mask is not None and attention_mask.dim() == 2 and isinstance(past, int):
+        columns = attention_mask.shape[1]
+        if columns < past + T:
+            raise ValueError(
+                f"attention_mask has {columns} columns, expected {past + T}: one for each of the "
+                f"{past} cached and {T} new tokens"
+            )
     made: dict[int, Tensor | None] = {}
 
     def mask_for(n_keys: int) -> Tensor | None:
@@ -450,6 +469,7 @@ def build_mask(attention_mask: Tensor | None, past: int | Tensor, T: int, x: Ten
             return made[n_keys]
         if attention_mask is not None and attention_mask.dim() == 4:
             mask = attention_mask[..., :n_keys]
+            mask = mask if mask.is_floating_point() else mask.bool()
         elif (
             attention_mask is None
             and isinstance(past, int)
