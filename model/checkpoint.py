@@ -1,0 +1,380 @@
+"""Weights files: v1's names, atomic save, strict load with the configuration they know."""
+
+import argparse
+import inspect
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .LMConfig import MODELS, LMConfig, parse_rope_scaling
+from .model import MiniMindForCausalLM
+from .runtime import inference_dtype, pick_device
+from .states import atomic_write
+from .tokenizer import DEFAULT_TOKENIZER, Tokenizer
+
+StateDict = dict[str, Tensor]
+V1_BUFFERS = re.compile(r"(^|\.)(pos_cis|mask|freqs_cis)$")  # stored by v1, computed here
+# The flags that say which model it is. Two of them are instructions for use, not claims about a
+# file.
+CONFIG_FLAGS = (
+    "dim n_layers n_heads n_kv_heads hidden_dim use_moe n_shared_experts max_seq_len dropout"
+).split()
+INSTRUCTIONS = {"max_seq_len", "dropout"}
+KNOWN_FIELDS = {*inspect.signature(LMConfig).parameters, "rope_parameters"} - {"kwargs"}
+CHAT_WEIGHTS = ("rl", "multi_chat/full_sft", "single_chat/full_sft")  # in order of preference
+
+
+@dataclass
+class Loaded:
+    """A model with the tokenizer that fits it, and the file it came from (None: random weights)."""
+
+    model: MiniMindForCausalLM
+    tokenizer: Tokenizer
+    path: Path | None
+
+
+def weights_path(out_dir: str | Path, stage: str, config: LMConfig) -> Path:
+    """Return where a stage leaves its weights, by v1's names.
+
+    ``stage`` is ``pretrain``, ``full_sft_single``, ``full_sft_multi`` or ``dpo``.
+    """
+    names = {
+        "pretrain": "pretrain",
+        "full_sft_single": "single_chat/full_sft",
+        "full_sft_multi": "multi_chat/full_sft",
+        "dpo": "rl",
+    }
+    return Path(out_dir) / f"{names[stage]}_{width_name(config)}.pth"
+
+
+def width_name(config: LMConfig) -> str:
+    """Return the part of file names that tells models apart: ``512`` or ``512_moe``."""
+    return f"{config.dim}{'_moe' if config.use_moe else ''}"
+
+
+def sidecar(path: Path) -> Path:
+    """Return the JSON beside a weights file: its configuration and its tokenizer's hash."""
+    return path.with_suffix(".json")
+
+
+def save_weights(
+    model: MiniMindForCausalLM, path: Path, tokenizer: Tokenizer, **facts: Any
+) -> None:
+    """Write the ``state_dict`` and, beside it, the configuration, tokenizer hash and ``facts``."""
+    known = {"config": model.config.to_diff_dict(), "tokenizer_sha256": tokenizer.sha256, **facts}
+    known["tokenizer"] = str(tokenizer.folder)
+    with atomic_write(sidecar(path)) as temporary:
+        temporary.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    with atomic_write(path) as temporary:
+        torch.save(model.state_dict(), temporary)
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """Read the tensors of a ``.pth``, ``.bin`` or ``.safetensors`` file, never any code.
+
+    Prefixes that ``torch.compile`` and DDP leave are taken off and v1's stored tables are dropped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of named tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch and safetensors raise many kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is not a readable weights file ({reason}); it may be truncated: make it anew"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state_dict (expected names with tensors)")
+    clean = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
+    clean = {name: value for name, value in clean.items() if not V1_BUFFERS.search(name)}
+    if "output.weight" not in clean and "tok_embeddings.weight" in clean:  # tied, so stored once
+        clean["output.weight"] = clean["tok_embeddings.weight"]
+    return clean
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """Return what the JSON beside a weights file says, ``{}`` where there is none.
+
+    Raises:
+        ValueError: the JSON is damaged.
+    """
+    if not sidecar(path).is_file():
+        return {}
+    known = read_json(sidecar(path))
+    if not isinstance(known.get("config"), dict):
+        raise ValueError(f'{sidecar(path)} has no "config": remove it to go by flags')
+    return known
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy or make it anew") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object of settings")
+    return value
+
+
+def config_of_shapes(state: StateDict, stated: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Read from the shapes of v1's parameters what they tell; ``stated`` gives the number of heads.
+
+    Raises:
+        ValueError: the names are not v1's.
+    """
+    try:
+        vocab_size, dim = state["tok_embeddings.weight"].shape
+        kv_dim = state["layers.0.attention.wk.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(
+            f"{path} has no parameter {error}: it is not a MiniMind v1 model "
+            f"(found: {', '.join(list(state)[:3])}, …)"
+        ) from error
+    layers = {int(m[1]) for name in state if (m := re.match(r"layers\.(\d+)\.", name))}
+    n_heads = stated.get("n_heads", LMConfig().n_heads)
+    head_dim = max(1, dim // n_heads)
+    found = {
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "n_layers": len(layers),
+        "n_heads": n_heads,
+        "n_kv_heads": max(1, kv_dim // head_dim),
+    }
+    gate = state.get("layers.0.feed_forward.gate.weight")
+    found["use_moe"] = gate is not None
+    if gate is None:
+        found["hidden_dim"] = state["layers.0.feed_forward.w1.weight"].shape[0]
+    else:
+        found["hidden_dim"] = state["layers.0.feed_forward.experts.0.w1.weight"].shape[0]
+        found["n_routed_experts"] = gate.shape[0]
+        shared = state.get("layers.0.feed_forward.shared_experts.w1.weight")
+        found["n_shared_experts"] = 0 if shared is None else shared.shape[0] // found["hidden_dim"]
+    return found
+
+
+def stated_config(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields that the command line fixes: the named model's under the flags given."""
+    named = {"use_moe": False, **MODELS[args.model]} if args.model else {}
+    given = {name: getattr(args, name) for name in CONFIG_FLAGS}
+    return {**named, **{name: value for name, value in given.items() if value is not None}}
+
+
+def new_config(args: argparse.Namespace, tokenizer: Tokenizer) -> LMConfig:
+    """Return the configuration of a model to be made: defaults, then the named model, then
+    flags.
+    """
+    fields = stated_config(args)
+    return LMConfig(
+        **{"vocab_size": tokenizer.vocab_size, **fields, "rope_scaling": args.rope_scaling}
+    )
+
+
+def check_against_flags(config: LMConfig, args: argparse.Namespace, path: Path) -> None:
+    """Refuse flags that contradict a configuration which is known.
+
+    Raises:
+        ValueError: with each difference.
+    """
+    wrong = [
+        f"{name}={getattr(config, name)!r}, not {value!r}"
+        for name, value in stated_config(args).items()
+        if name not in INSTRUCTIONS and getattr(config, name) != value
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} has {'; '.join(wrong)} as --model or --{wrong[0].split('=')[0]} says: "
+            "drop the flag, or name other weights"
+        )
+
+
+def extend_context(config: LMConfig, scaling: str) -> None:
+    """Scale the rotary positions of a trained configuration, ``linear:4`` or ``yarn:4``.
+
+    Raises:
+        ValueError: an unknown scaling, or a model that is scaled already in another way.
+    """
+    parameters = parse_rope_scaling(scaling, config.rope_theta, 1)
+    present = config.rope_parameters
+    if present["rope_type"] != "default":
+        if (present["rope_type"], present["factor"]) == (
+            parameters["rope_type"],
+            parameters["factor"],
+        ):
+            return
+        raise ValueError(
+            f"--rope_scaling {scaling}: these weights are scaled by {present['rope_type']}:"
+            f"{present['factor']:g} already; drop the flag"
+        )
+    trained = config.max_seq_len
+    config.max_seq_len = round(trained * parameters["factor"])
+    config.rope_parameters = parse_rope_scaling(scaling, config.rope_theta, config.max_seq_len)
+
+
+def load_model(path: str | Path, args: argparse.Namespace) -> Loaded:
+    """Load weights with ``strict=True``, with the configuration they know or the one flags give.
+
+    Args:
+        path: a ``.pth`` file, or a folder with ``config.json`` and weights (exported, or the
+            original's; code in it is never run).
+        args: the model flags.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: unreadable, of another shape or tokenizer, or a flag contradicts them.
+    """
+    path = Path(path)
+    known: dict[str, Any] = {}
+    own_tokenizer = None
+    if path.is_dir():
+        file = weights_in_folder(path)
+        if (path / "config.json").is_file():
+            known = {"config": read_json(path / "config.json")}
+        if (path / "tokenizer.json").is_file():
+            own_tokenizer = path
+    else:
+        file, known = path, read_sidecar(path)
+    tokenizer = Tokenizer(args.tokenizer or own_tokenizer or DEFAULT_TOKENIZER)
+    state = read_state_dict(file)
+    stated = stated_config(args)
+    # of what a config.json says, only LMConfig's own fields count
+    fields = known.get("config") or {**stated, **config_of_shapes(state, stated, file)}
+    try:
+        config = LMConfig(**{k: v for k, v in fields.items() if k in KNOWN_FIELDS})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the configuration of {path} is wrong: {error}") from error
+    check_against_flags(config, args, path)
+    if args.rope_scaling:
+        extend_context(config, args.rope_scaling)
+    for name in INSTRUCTIONS & stated.keys():
+        setattr(config, name, stated[name])
+    check_tokenizer(config, known.get("tokenizer_sha256"), tokenizer, path)
+    model = MiniMindForCausalLM(config)
+    load_strictly(model, state, file)
+    return Loaded(model, tokenizer, file)
+
+
+def weights_in_folder(folder: Path) -> Path:
+    """Return the weights file of an exported or original folder.
+
+    Raises:
+        FileNotFoundError: none of the names that exports use.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(
+        f"{folder} holds neither model.safetensors nor pytorch_model.bin; found: "
+        f"{', '.join(sorted(p.name for p in folder.iterdir())[:6]) or 'nothing'}"
+    )
+
+
+def load_strictly(model: MiniMindForCausalLM, state: StateDict, path: Path) -> None:
+    """Load every parameter, or none.
+
+    Raises:
+        ValueError: a name that is missing, unexpected or of another shape; never random weights.
+    """
+    own = model.state_dict()
+    problems = [f'missing "{name}"' for name in own if name not in state]
+    problems += [f'unexpected "{name}"' for name in state if name not in own]
+    problems += [
+        f'"{name}" is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}'
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        config = model.config
+        hint = "try --use_moe" if any("experts" in p for p in problems) else "check the model flags"
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"{path} does not fit dim={config.dim}, n_layers={config.n_layers}, "
+            f"n_heads={config.n_heads}: {'; '.join(problems[:3])}{more}; {hint}"
+        )
+    model.load_state_dict(state, strict=True)
+
+
+def check_tokenizer(
+    config: LMConfig, recorded_sha256: str | None, tokenizer: Tokenizer, path: Path | None
+) -> None:
+    """Refuse a tokenizer that is not the one the weights were trained with.
+
+    Raises:
+        ValueError: another hash, or more ids than the embedding has.
+    """
+    if recorded_sha256 is not None and recorded_sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"{path} was trained with another tokenizer (hash {recorded_sha256[:12]}…) than "
+            f"{tokenizer.folder} (hash {tokenizer.sha256[:12]}…): name the right one by --tokenizer"
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{tokenizer.folder} has {tokenizer.vocab_size} ids, the model's embedding only "
+            f"{config.vocab_size}: name the tokenizer it was trained with by --tokenizer"
+        )
+
+
+def find_weights(args: argparse.Namespace, purpose: str) -> Path:
+    """Return the weights that the flags name, or the best that the stages left.
+
+    ``chat`` takes preference-tuned, multi-turn, single-turn, then the demo, never by time;
+    ``pretrain`` the pretrained ones.
+
+    Raises:
+        FileNotFoundError: none; the message says what to run.
+        ValueError: both ``--weights`` and ``--load_from``.
+    """
+    if args.weights and args.load_from:
+        raise ValueError("--weights and --load_from exclude one another: name one place")
+    if args.weights or args.load_from:
+        path = Path(args.weights or args.load_from)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist: run the stage that makes it, or name another"
+            )
+        return path
+    fields = stated_config(args)
+    width = f"{fields.get('dim', LMConfig().dim)}{'_moe' if fields.get('use_moe') else ''}"
+    stems = CHAT_WEIGHTS if purpose == "chat" else ("pretrain",)
+    roots = [Path(args.out_dir), Path(args.out_dir) / "demo"]
+    candidates = [root / f"{stem}_{width}.pth" for root in roots for stem in stems]
+    if "dim" not in fields:  # the demo's width is its own
+        candidates += [p for stem in stems for p in sorted(roots[1].glob(f"{stem}_*.pth"))]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    scripts = "1-pretrain.py" if purpose == "pretrain" else "1-pretrain.py and 3-full_sft.py"
+    raise FileNotFoundError(
+        f"no weights: looked for {', '.join(map(str, candidates[: len(stems)]))} and the demo's; "
+        f"run {scripts} or `make demo`, or name a file with --weights"
+    )
+
+
+def load_for_inference(args: argparse.Namespace, purpose: str = "chat") -> Loaded:
+    """Load what :func:`find_weights` finds, in eval mode, on the device and in the precision
+    asked.
+    """
+    loaded = load_model(find_weights(args, purpose), args)
+    device = pick_device(args.device)
+    loaded.model.to(device=device, dtype=inference_dtype(args.dtype, device)).eval()
+    return loaded

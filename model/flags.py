@@ -1,0 +1,230 @@
+"""The flags that scripts share; argparse only, so that ``--help`` and wrong flags answer at
+once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+MODEL_NAMES = ("minimind-v1-small", "minimind-v1", "minimind-v1-moe")
+# Best measured settings of every stage (benchmarks/LOG.md); a stage passes what differs
+DEFAULTS: dict[str, Any] = {
+    "epochs": 1.0,
+    "batch_size": 16,
+    "accumulation_steps": 1,
+    "learning_rate": 2e-3,
+    "optimizer": "adamw",
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "schedule": "linear",
+    "warmup_iters": None,
+}
+# What the documentation of v1 prescribes, for --recipe v1
+V1_DEFAULTS: dict[str, Any] = {
+    "batch_size": 64,
+    "accumulation_steps": 8,
+    "learning_rate": 1e-4,
+    "optimizer": "adam",
+    "weight_decay": 0.0,
+    "grad_clip": 1.0,
+    "schedule": "cosine",
+    "warmup_iters": 0,
+}
+
+
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return an argparse type: a number of ``kind`` above zero."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0 or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def non_negative(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return an argparse type: a number of ``kind`` that is zero or more."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value >= 0 or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is below 0 or not finite")
+        return value
+
+    parse.__name__ = f"non-negative {kind.__name__}"
+    return parse
+
+
+def boolean(text: str) -> bool:
+    """Parse ``true`` or ``false``, as v1's launch commands spell them."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def add_switch(group: argparse._ArgumentGroup, name: str, help_text: str, **kwargs: Any) -> None:
+    """Add a flag that is on by its name alone and also takes true or false."""
+    group.add_argument(name, nargs="?", const=True, type=boolean, help=help_text, **kwargs)
+
+
+def model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags that say which model it is; None stands for "not given"."""
+    group = parser.add_argument_group("model (default: model/LMConfig.py, or what the weights say)")
+    group.add_argument("--model", choices=MODEL_NAMES, help="a named model of v1")
+    group.add_argument("--dim", type=positive(int), help="width of the residual stream")
+    group.add_argument("--n_layers", type=positive(int))
+    group.add_argument("--n_heads", type=positive(int), help="query heads")
+    group.add_argument("--n_kv_heads", type=positive(int), help="key and value heads")
+    group.add_argument("--hidden_dim", type=positive(int), help="width of the feed-forward")
+    add_switch(group, "--use_moe", "mixture of experts: minimind-v1-moe")
+    group.add_argument("--n_shared_experts", type=non_negative(int))
+    group.add_argument("--max_seq_len", type=positive(int), help="context in tokens")
+    group.add_argument("--dropout", type=non_negative(float))
+    group.add_argument(
+        "--rope_scaling", metavar="KIND:F", help="longer context: linear:4 or yarn:4"
+    )
+    group.add_argument("--tokenizer", metavar="DIR", help="default: model/minimind_tokenizer")
+    return group
+
+
+def device_flags(group: argparse._ArgumentGroup) -> None:
+    """Add where and in which precision to compute."""
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: what the device is fast in",
+    )
+
+
+def weights_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every script that reads weights to use them."""
+    group = parser.add_argument_group("weights")
+    group.add_argument("--weights", metavar="FILE", help="a .pth file of this project or of v1")
+    group.add_argument(
+        "--load_from", metavar="FOLDER", help="an exported folder, or the original's"
+    )
+    group.add_argument("--out_dir", default="out", help="where the stages left their weights")
+    device_flags(group)
+    model_flags(parser)
+
+
+def training_parser(
+    description: str, *, data_path: str, v1: dict[str, Any], **defaults: Any
+) -> argparse.ArgumentParser:
+    """Return the parser of a training stage.
+
+    Args:
+        data_path: the stage's usual table.
+        v1: in what the stage's documented recipe differs from ``V1_DEFAULTS``.
+        defaults: in what the stage differs from ``DEFAULTS``.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    usual = {**DEFAULTS, **defaults}
+    recipes = {"best": usual, "v1": {**usual, **V1_DEFAULTS, **v1}}
+    parser.set_defaults(recipes=recipes)
+
+    def shown(name: str, text: str) -> str:
+        best, old = (recipes[r][name] for r in ("best", "v1"))
+        return f"{text} (default {best}; v1: {old})" if best != old else f"{text} (default {best})"
+
+    files = parser.add_argument_group("files")
+    files.add_argument("--data_path", default=data_path, help="default: %(default)s")
+    files.add_argument("--val_data_path", help="default: a share of the data is held out")
+    files.add_argument("--out_dir", default="out")
+    files.add_argument("--run_name", help="keeps runs of one width apart")
+    files.add_argument("--init_from", metavar="FILE", help="weights to start from; 'none': random")
+    model_flags(parser)
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--recipe",
+        default="best",
+        choices=tuple(recipes),
+        help="v1: what the original documents (Adam, cosine, padded rows)",
+    )
+    add = recipe.add_argument
+    add("--epochs", type=positive(float), help=shown("epochs", "passes over the data"))
+    add("--max_steps", type=positive(int), help="stop the schedule after this many updates")
+    add("--batch_size", type=positive(int), help=shown("batch_size", "rows per device"))
+    add(
+        "--accumulation_steps",
+        type=positive(int),
+        help=shown("accumulation_steps", "batches an update"),
+    )
+    add("--learning_rate", type=positive(float), help=shown("learning_rate", "peak rate"))
+    add("--optimizer", choices=("adamw", "adam"), help=shown("optimizer", "optimizer"))
+    add("--weight_decay", type=non_negative(float), help=shown("weight_decay", "on matrices"))
+    add("--grad_clip", type=non_negative(float), help=shown("grad_clip", "0: off"))
+    add(
+        "--warmup_iters",
+        type=non_negative(int),
+        help="updates of warm-up (default 2 %% of the run, at most 200; v1: 0)",
+    )
+    add(
+        "--schedule",
+        choices=("linear", "cosine", "constant"),
+        help=shown("schedule", "linear: constant, then down to 0 over the last 60 %%"),
+    )
+    add("--seed", type=int, default=1337)
+    machine = parser.add_argument_group("machine")
+    device_flags(machine)
+    add_switch(machine, "--compile", "torch.compile the model; needs a C++ compiler on CPU")
+    machine.add_argument(
+        "--num_workers", type=positive(int), help="threads that tokenise (default: every core)"
+    )
+    watching = parser.add_argument_group("watching and saving")
+    add = watching.add_argument
+    add("--log_interval", type=positive(int), default=10, help="updates between log lines")
+    add("--eval_interval", type=positive(int), default=250, help="updates between validations")
+    add("--save_interval", type=positive(int), default=250, help="updates between saves")
+    add("--keep_last", type=positive(int), default=2, help="training states kept on disk")
+    add_switch(watching, "--resume", "go on from the last save, or start anew where there is none")
+    add_switch(watching, "--resume_anyway", "resume although data or settings changed")
+    add("--show_samples", type=positive(int), metavar="N", help="print N training rows and stop")
+    add_switch(watching, "--dry_run", "print the report that comes before the first step and stop")
+    return parser
+
+
+def parse_training_args(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Parse, and fill what was not given from the recipe."""
+    args = parser.parse_args(argv)
+    for name, value in vars(args).pop("recipes")[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.resume = args.resume or args.resume_anyway
+    return args
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a script's ``main`` and exit with its code.
+
+    What the user can mend (a missing file, a bad value, a full disk) becomes one message and exit
+    code 1; ``MINIMIND_TRACEBACK=1`` shows where it came from. Anything else is a bug and keeps its
+    traceback.
+    """
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (ValueError, OSError, MemoryError) as error:
+        if os.environ.get("MINIMIND_TRACEBACK"):
+            raise
+        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        code = 1
+    sys.exit(code)

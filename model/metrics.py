@@ -1,0 +1,75 @@
+"""The record of a run: metrics.jsonl, config.json, curve.png."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .states import atomic_write
+
+
+class RunLog:
+    """The folder ``out/logs/<run>/``; one object a line in ``metrics.jsonl``, each written at
+    once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "metrics.jsonl"
+
+    def start(self, settings: dict[str, Any], resume_step: int) -> None:
+        """Write the settings; keep only the lines up to the step that the run goes on from."""
+        with atomic_write(self.folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        kept = [record for record in self.records() if record["step"] <= resume_step]
+        if not resume_step:
+            kept = []
+        with atomic_write(self.path) as temporary:
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+            temporary.write_text("".join(lines), "utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one object."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return all whole lines; the last may have been cut by a kill."""
+        if not self.path.is_file():
+            return []
+        records = []
+        for line in self.path.read_text("utf-8", errors="replace").split("\n"):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+        return records
+
+    def draw(self) -> Path | None:
+        """Draw loss and validation loss over tokens; None where matplotlib is missing."""
+        try:
+            import matplotlib
+        except ImportError:
+            return None
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        records = self.records()
+        figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+        for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-")):
+            points = [(r["tokens"] / 1e6, r[key]) for r in records if r.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+        axes.set_xlabel("million tokens")
+        axes.set_ylabel("loss, nats per trained token")
+        axes.set_title(self.folder.name)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+        figure.tight_layout()
+        path = self.folder / "curve.png"
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format="png")
+        pyplot.close(figure)
+        return path

@@ -1,0 +1,105 @@
+"""What a run is about to cost: parameters, arithmetic, memory, the device's speed."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from .LMConfig import LMConfig
+from .model import MiniMindForCausalLM
+
+# Dense bf16/fp16 tensor-core peaks with fp32 accumulation, from the vendors' data sheets, FLOP/s
+GPU_PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "T4": 65e12,
+    "V100": 125e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass
+class Cost:
+    """Sizes of a model.
+
+    Attributes:
+        n_params: all parameters, the tied head once.
+        n_active: those a token is multiplied with.
+        flops_per_token: of one training step, PaLM's count (arXiv:2204.02311, appendix B).
+    """
+
+    n_params: int
+    n_active: int
+    flops_per_token: float
+
+
+def model_cost(model: MiniMindForCausalLM, seq_len: int) -> Cost:
+    """Count parameters and the arithmetic of one token in a row of ``seq_len``."""
+    config: LMConfig = model.config
+    n_params = sum(p.numel() for p in model.parameters())
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    idle = routed * (1 - config.num_experts_per_tok / config.n_routed_experts) if routed else 0
+    n_active = round(n_params - idle)
+    return Cost(n_params, n_active, 6 * n_active + 12 * config.n_layers * config.dim * seq_len)
+
+
+def training_memory(model: MiniMindForCausalLM, tokens_per_batch: int, bytes_per_value: int) -> int:
+    """Estimate the peak bytes of training: weights, gradients, Adam's two moments, activations.
+
+    The activations are a count of what the backward pass keeps of each layer; attention keeps
+    nothing quadratic under the fused kernels.
+    """
+    config = model.config
+    n_params = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    width = config.hidden_dim
+    if config.use_moe:
+        width *= config.num_experts_per_tok + config.n_shared_experts
+    per_token = config.n_layers * (18 * config.dim + 6 * width) * bytes_per_value
+    logits = config.vocab_size * (bytes_per_value + 8)  # as computed, in fp32, and their gradient
+    return 4 * n_params + 12 * n_trained + tokens_per_batch * (per_token + logits)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+    """Return the device's matrix-product peak in FLOP/s, and where the figure is from.
+
+    A GPU's is in a table; a CPU's is measured here on a product of 1536 x 1536 matrices in
+    ``dtype``.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, peak in GPU_PEAKS.items():
+            if key in name:
+                return peak, f"data sheet of {name}"
+        return None, f"{name} is not in the table"
+    if device.type != "cpu":
+        return None, f"not known for {device.type}"
+    n = 1536
+    a = torch.randn(n, n).to(dtype)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times), f"measured, {n} x {n} in {str(dtype).removeprefix('torch.')}"
+
+
+def human(number: float, unit: str = "") -> str:
+    """Return a number with three digits and K, M, G, T."""
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= factor:
+            return f"{number / factor:.3g} {letter}{unit}"
+    return f"{number:.3g} {unit}".strip()
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as 1h02m, 3m05s or 12s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

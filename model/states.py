@@ -1,0 +1,126 @@
+"""Training states: whole or absent, checked on load; and the atomic write of any file."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; sync and rename it when the block ends well.
+
+    A crash or a full disk leaves the old file as it was and nothing half-written under its name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder's entries to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle on a folder
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class States:
+    """The training states of one run: ``step_<n>/`` folders, each whole or absent.
+
+    A state is written to a temporary folder, synced and renamed; its manifest holds the size and
+    hash of its data, so that a truncated or damaged one is noticed.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, warn: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+        self.warn = warn
+
+    def steps(self) -> list[int]:
+        """Return the steps with a state, newest first."""
+        found = (re.fullmatch(r"step_(\d+)", p.name) for p in self.folder.glob("step_*"))
+        return sorted((int(m[1]) for m in found if m), reverse=True)
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the state of ``step`` and remove all but the ``keep_last`` newest.
+
+        Raises:
+            OSError: the disk is full; older states stay.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".step_*.tmp"):  # of a run that was killed while saving
+            shutil.rmtree(leftover)
+        temporary = self.folder / f".step_{step}.{os.getpid()}.tmp"
+        try:
+            temporary.mkdir()
+            with open(temporary / STATE_FILE, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            manifest = {"step": step, **fingerprint(temporary / STATE_FILE)}
+            (temporary / MANIFEST_FILE).write_text(json.dumps(manifest) + "\n", "utf-8")
+            sync(temporary / MANIFEST_FILE)
+            sync(temporary)
+            final = self.folder / f"step_{step}"
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            sync(self.folder)
+        except RuntimeError as error:  # torch.save reports a failed write so
+            raise OSError(f"could not write {temporary / STATE_FILE}: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in self.steps()[self.keep_last :]:
+            shutil.rmtree(self.folder / f"step_{old}")
+        return final
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """Return the newest state that is whole, None where there is none; damaged ones are
+        named.
+        """
+        for step in self.steps():
+            folder = self.folder / f"step_{step}"
+            try:
+                manifest = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
+                found = fingerprint(folder / STATE_FILE)
+                if any(manifest.get(key) != value for key, value in found.items()):
+                    raise ValueError("its size or hash is not what its manifest says")
+                return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+            except (OSError, ValueError, RuntimeError) as error:
+                self.warn(
+                    f"warning: {folder} is damaged ({error}); falling back to the state before"
+                )
+        return None
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Return size in bytes and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that ``path`` is or would be on."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
