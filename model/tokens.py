@@ -1,0 +1,323 @@
+"""The token store: a corpus tokenised once, read by memory map ever after.
+
+A store is a folder ``<name>.tokens/`` beside its source, written by ``store_writer.py``:
+
+====================  ===========================================================================
+``tokens-00000.bin``  ids, uint16 little-endian, document after document; a new shard begins after
+                      the document that fills one, so that no document spans two
+``mask-00000.bin``    only where a mask was given (SFT): uint8 beside each id, 1 = trained
+``offsets.bin``       uint64, ``n_documents + 1`` token positions: where each document begins
+``manifest.json``     format, what the store was made from, counts, held-out documents
+``plan-*.bin``        packing plans (``packing.py``), each made when it is first asked for
+====================  ===========================================================================
+
+A store that was made from anything else than what is asked for is stale: rebuilt, never used.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT_VERSION = 1
+MAX_VOCAB_SIZE = 2**16  # ids are uint16
+RESIDENT_BYTES = 16 << 20  # mapped pages a reader may keep before it hands them back
+
+
+class StaleStore(Exception):
+    """No usable store: missing, broken or made from something else; the text says which."""
+
+
+@dataclass(frozen=True)
+class StoreKey:
+    """What a store is made from. Two stores are interchangeable if their keys are equal.
+
+    Args:
+        kind: ``"pretrain"`` or ``"sft"``.
+        sources: the files the documents come from, in order; compared by name and content.
+        tokenizer_sha256: ``Tokenizer.sha256``.
+        vocab_size: number of ids, at most 65,536.
+        settings: whatever else decides the ids, say the length that conversations are fitted to;
+            JSON values.
+
+    Raises:
+        ValueError: ``vocab_size`` does not fit uint16.
+    """
+
+    kind: str
+    sources: tuple[Path, ...]
+    tokenizer_sha256: str
+    vocab_size: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", tuple(Path(source) for source in self.sources))
+        if not 0 < self.vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} does not fit the token store, whose ids are uint16: "
+                f"use a tokenizer of at most {MAX_VOCAB_SIZE} ids"
+            )
+
+    def described(self) -> dict[str, Any]:
+        """Return what is compared literally, as a manifest gives it back."""
+        plain = {
+            "format": FORMAT_VERSION,
+            "kind": self.kind,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "vocab_size": self.vocab_size,
+            "settings": self.settings,
+        }
+        return json.loads(json.dumps(plain))  # tuples become lists, as in a file
+
+
+def store_folder(source: str | Path) -> Path:
+    """Return where the store of a source lies: ``<name>.tokens`` beside it."""
+    return Path(source).with_suffix(".tokens")
+
+
+def _sample_hash(path: Path) -> str:
+    """Hash 64 blocks of 64 KiB spread over a file, in milliseconds; all of it up to 4 MiB."""
+    block, n_blocks = 1 << 16, 64
+    digest = hashlib.blake2b(digest_size=16)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= block * n_blocks:
+            digest.update(file.read())
+        else:
+            for index in range(n_blocks):
+                file.seek((size - block) * index // (n_blocks - 1))
+                digest.update(file.read(block))
+    return digest.hexdigest()
+
+
+def _full_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def describe_source(path: Path) -> dict[str, Any]:
+    """Return what a manifest records of a source; reads all of it, a second or two a gigabyte."""
+    stat = path.stat()
+    return {
+        "name": path.name,
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "sample": _sample_hash(path),
+        "blake2b": _full_hash(path),
+    }
+
+
+def _check_source(path: Path, recorded: dict[str, Any]) -> None:
+    """Raise StaleStore if a file is not the one recorded.
+
+    Size, time stamp and a sample of the content decide in milliseconds. The whole file is read only
+    where nothing but the time stamp differs (a copy, a ``touch``, or an edit that the sample
+    missed).
+    """
+    stat = path.stat()
+    if stat.st_size != recorded["size"]:
+        raise StaleStore(
+            f"{path} has {stat.st_size:,} bytes, the store was made from {recorded['size']:,}"
+        )
+    is_same = _sample_hash(path) == recorded["sample"]
+    if is_same and stat.st_mtime_ns != recorded["mtime_ns"]:
+        is_same = _full_hash(path) == recorded["blake2b"]
+    if not is_same:
+        raise StaleStore(f"{path} has other content than the store was made from")
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write ``manifest.json``, one entry a line, complete or not at all."""
+    temporary = folder / f"manifest.json.{os.getpid()}.tmp"
+    lines = ",\n".join(
+        f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in manifest.items()
+    )
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write("{\n" + lines + "\n}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / "manifest.json")
+
+
+class _MappedFile:
+    """A file as a read-only array that does not stay in memory: touched pages are handed back."""
+
+    def __init__(self, path: Path, dtype: str, n_values: int) -> None:
+        expected = n_values * np.dtype(dtype).itemsize
+        found = path.stat().st_size if path.is_file() else None
+        if found != expected:
+            size = "is missing" if found is None else f"has {found:,} bytes"
+            raise StaleStore(f"{path} {size}, expected {expected:,} bytes")
+        self._map = None
+        if n_values:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.values = np.frombuffer(self._map or b"", dtype)
+
+    def release(self) -> None:
+        """Drop the pages from this process; the system's cache keeps them."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class TokenStore:
+    """A store opened for reading by memory map: any size opens in milliseconds and costs no memory.
+
+    Safe to use from several threads, to send to another process (it opens the files anew) and to
+    read while a newer store replaces it.
+
+    Raises:
+        StaleStore: no store there, another format, or files whose sizes do not match the manifest.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        try:
+            self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            version = self.manifest["format"]
+        except FileNotFoundError:
+            raise StaleStore(f"{self.folder} does not exist or has no manifest.json") from None
+        except (ValueError, KeyError, TypeError, NotADirectoryError):
+            raise StaleStore(f"{path} is not a manifest") from None
+        if version != FORMAT_VERSION:
+            raise StaleStore(
+                f"{self.folder} has format {version}, this version reads {FORMAT_VERSION}"
+            )
+        self.n_documents: int = self.manifest["documents"]
+        self.n_tokens: int = self.manifest["tokens"]
+        self.has_mask: bool = self.manifest["has_mask"]
+        shards: list[int] = self.manifest["shards"]
+        self._first = np.cumsum([0, *shards])[:-1]  # position of each shard's first token
+        self._offsets = _MappedFile(self.folder / "offsets.bin", "<u8", self.n_documents + 1)
+        self._tokens = [
+            _MappedFile(self.folder / f"tokens-{i:05d}.bin", "<u2", n) for i, n in enumerate(shards)
+        ]
+        self._masks = [
+            _MappedFile(self.folder / f"mask-{i:05d}.bin", "u1", n)
+            for i, n in enumerate(shards if self.has_mask else [])
+        ]
+        self._touched_bytes = 0
+
+    def __reduce__(self) -> tuple:
+        return TokenStore, (self.folder,)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(n_documents + 1,) uint64 token positions, memory-mapped."""
+        return self._offsets.values
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """Numbers of the held-out documents, ascending: validate on them, never train on them."""
+        return np.array(self.manifest["held_out"]["documents"], np.int64)
+
+    @property
+    def held_out_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of each held-out document's text, for bits per byte."""
+        return np.array(self.manifest["held_out"]["text_bytes"], np.int64)
+
+    def document(self, index: int) -> np.ndarray:
+        """Return the ids of a document: (length,) uint16, a read-only view."""
+        return self._view(self._tokens, index)
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return which tokens of a document are trained: (length,) uint8 of 0 and 1."""
+        if not self.has_mask:
+            return np.ones(len(self.document(index)), np.uint8)
+        return self._view(self._masks, index)
+
+    def _view(self, files: list[_MappedFile], index: int) -> np.ndarray:
+        if not 0 <= index < self.n_documents:
+            raise IndexError(f"document {index} of a store that has {self.n_documents}")
+        start, stop = (int(position) for position in self.offsets[index : index + 2])
+        if start == stop:
+            return np.empty(0, files[0].values.dtype if files else np.uint16)
+        shard = int(np.searchsorted(self._first, start, side="right")) - 1
+        base = int(self._first[shard])
+        return files[shard].values[start - base : stop - base]
+
+    def document_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the number of the document that holds each token position."""
+        return np.searchsorted(self.offsets, positions.astype(np.uint64), side="right") - 1
+
+    def gather(
+        self,
+        positions: np.ndarray,
+        lengths: np.ndarray,
+        destinations: np.ndarray,
+        out: np.ndarray,
+        out_mask: np.ndarray | None = None,
+    ) -> None:
+        """Copy pieces of documents: ``out[d : d + n] = tokens[p : p + n]`` for each p, n, d.
+
+        Args:
+            positions, lengths, destinations: (n_pieces,) integers; a piece lies within one
+                document.
+            out: 1-D array of any integer type, receives the ids.
+            out_mask: as ``out``, receives the mask; only for a store that has one.
+        """
+        shards = np.searchsorted(self._first, positions, side="right") - 1
+        starts = positions - self._first[shards]
+        tokens = [file.values for file in self._tokens]
+        masks = [file.values for file in self._masks]
+        pieces = zip(
+            shards.tolist(), starts.tolist(), lengths.tolist(), destinations.tolist(), strict=True
+        )
+        # Slices beat fancy indexing here: a piece is hundreds of tokens, and no index array is
+        # built per token.
+        if out_mask is None:
+            for shard, start, length, destination in pieces:
+                out[destination : destination + length] = tokens[shard][start : start + length]
+        else:
+            for shard, start, length, destination in pieces:
+                out[destination : destination + length] = tokens[shard][start : start + length]
+                out_mask[destination : destination + length] = masks[shard][start : start + length]
+        # A fault maps up to 64 KiB around the page; without this an epoch would map the whole
+        # store.
+        self._touched_bytes += len(positions) * 2**16
+        if self._touched_bytes > RESIDENT_BYTES:
+            self._touched_bytes = 0
+            self.release()
+
+    def release(self) -> None:
+        """Give the mapped pages back to the system."""
+        for file in (self._offsets, *self._tokens, *self._masks):
+            file.release()
+
+
+def open_store(folder: str | Path, key: StoreKey | None = None) -> TokenStore:
+    """Open a store, if it is what ``key`` asks for; in milliseconds, whatever its size.
+
+    A source that is not there any more cannot be newer than its store: the store is used. Where the
+    time stamp of a source alone is new, the source is read once in full and its new time stamp
+    recorded.
+
+    Raises:
+        StaleStore: no store there, or not from this key; the text says what differs.
+    """
+    store = TokenStore(folder)
+    if key is None:
+        return store
+    manifest = store.manifest
+    expected = key.described() | {"sources": [path.name for path in key.sources]}
+    found = manifest | {"sources": [source["name"] for source in manifest["sources"]]}
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise StaleStore(f"{folder} has {name} {found.get(name)!r}, expected {value!r}")
+    is_touched = False
+    for path, recorded in zip(key.sources, manifest["sources"], strict=True):
+        if path.is_file():
+            _check_source(path, recorded)
+            is_touched |= recorded["mtime_ns"] != path.stat().st_mtime_ns
+            recorded["mtime_ns"] = path.stat().st_mtime_ns
+    if is_touched:
+        with suppress(OSError):  # a read-only store: the source is read again next time
+            write_manifest(store.folder, manifest)
+    return store
