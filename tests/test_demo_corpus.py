@@ -1,0 +1,210 @@
+"""The demo corpus: what the README of dataset/demo promises, read from the files that ship."""
+
+import csv
+import importlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from model import quiz
+
+DEMO = Path(__file__).parents[1] / "dataset" / "demo"
+
+
+@cache
+def rows(name: str) -> list[dict]:
+    with open(DEMO / name, encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
+
+
+@cache
+def relations() -> dict:
+    sys.path.insert(0, str(DEMO))
+    try:
+        return {
+            relation.name: relation for relation in importlib.import_module("phrasings").RELATIONS
+        }
+    finally:
+        sys.path.remove(str(DEMO))
+
+
+@cache
+def sft_turns() -> list[tuple[str, str]]:
+    """Every question and answer of the SFT files, those of the histories included."""
+    turns = []
+    for row in rows("sft_single.jsonl") + rows("sft_multi.jsonl"):
+        turns += [tuple(turn) for turn in row["history"]]
+        turns.append((row["input"], row["output"]))
+    return turns
+
+
+@cache
+def training_questions() -> set[str]:
+    questions = {question for question, _ in sft_turns()}
+    questions |= {
+        row["prompt"] for name in ("dpo.jsonl", "dpo_heldout.jsonl") for row in rows(name)
+    }
+    for row in rows("identity.jsonl"):
+        questions |= {
+            message["content"] for message in row["messages"] if message["role"] == "user"
+        }
+    return questions
+
+
+def test_tracked_files_are_what_the_generator_writes(tmp_path: Path) -> None:
+    command = [sys.executable, str(DEMO / "generate.py"), "--output_dir", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, env={"PYTHONHASHSEED": "7"})
+    written = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.*")}
+    tracked = {
+        path.relative_to(DEMO): path.read_bytes()
+        for pattern in ("*.jsonl", "ceval-exam/*/*.csv")
+        for path in DEMO.glob(pattern)
+    }
+    assert written.keys() == tracked.keys()
+    assert [name for name in written if written[name] != tracked[name]] == []
+    assert sum(map(len, written.values())) < 3_000_000
+
+
+def test_size_is_what_the_demo_promises() -> None:
+    facts = {
+        (name, fact.subject) for name, relation in relations().items() for fact in relation.facts
+    }
+    assert len(facts) >= 500
+    assert len(facts) == sum(len(relation.facts) for relation in relations().values())  # none twice
+    assert min(len(relation.questions) for relation in relations().values()) >= 6
+    assert len(rows("quiz.jsonl")) >= 150
+    assert {item["relation"] for item in rows("quiz.jsonl")} == set(relations())
+    assert 90 <= len(rows("identity.jsonl")) <= 130
+
+
+def test_quiz_questions_occur_in_no_training_file() -> None:
+    """Whole questions only: a follow-up such as 那法国呢？ needs what went before."""
+    whole = {item["question"] for item in rows("quiz.jsonl") if not item.get("history")}
+    whole |= {item["question"] for item in rows("identity_quiz.jsonl")}
+    assert len(whole) >= 150
+    assert whole & training_questions() == set()
+    texts = "\n".join(row["text"] for row in rows("pretrain.jsonl"))
+    assert [question for question in whole if question in texts] == []
+
+
+def test_quiz_follow_ups_were_never_made() -> None:
+    """No training chat goes from the same subject to the same subject by the same relation."""
+    followed = set()
+    for row in rows("sft_multi.jsonl"):
+        turns = [*row["history"], [row["input"], row["output"]]]
+        for (was, _), (now, _) in zip(turns, turns[1:], strict=False):
+            followed.add((was, now))
+    items = [item for item in rows("quiz.jsonl") if item.get("history")]
+    assert len(items) >= 40
+    for item in items:
+        before = item["history"][-1][0]
+        assert (before, item["question"]) not in followed
+    pronouns = [item for item in items if item["subject"] not in item["question"]]
+    assert len(pronouns) >= 5  # these can only be answered from the history
+
+
+def test_quiz_facts_and_phrasings_are_trained_apart() -> None:
+    """A question of the quiz is new, but its fact is known, and its phrasing from other facts."""
+    turns = sft_turns()
+    for item in rows("quiz.jsonl"):
+        relation, subject = relations()[item["relation"]], item["subject"]
+        known = [q for q, a in turns if subject in q and any(text in a for text in item["accept"])]
+        assert len(set(known)) >= 3, item["question"]
+        others = {
+            relation.fill(item["phrasing"], fact)
+            for fact in relation.facts
+            if fact.subject != subject
+        }
+        assert others & training_questions(), item["phrasing"]
+
+
+def test_reference_answers_are_right_and_others_are_wrong() -> None:
+    for name in ("quiz.jsonl", "identity_quiz.jsonl"):
+        for item in quiz.load_quiz(DEMO / name):
+            assert quiz.is_right(item, item["answer"]), item
+            assert quiz.is_right(item, item["accept"][0]), item
+            assert not quiz.is_right(item, item["question"]), item
+            assert not quiz.is_right(item, item["answer"] + " ".join(item["reject"])), item
+            assert not any(quiz.is_right(item, wrong) for wrong in item["reject"]), item
+
+
+def test_sft_answers_are_as_often_curt_as_complete() -> None:
+    """DPO must find the model undecided between the two styles, for every relation."""
+    curt = Counter()
+    asked = Counter()
+    complete = {
+        (relation.fill(question, fact), name): (
+            relation.fill(answer, fact),
+            fact.answer + relation.stop,
+        )
+        for name, relation in relations().items()
+        for fact in relation.facts
+        for question, answer in relation.questions
+    }
+    given = dict((row["input"], row["output"]) for row in rows("sft_single.jsonl"))
+    for (question, name), (full, short) in complete.items():
+        if question in given and given[question] in (full, short):
+            asked[name] += 1
+            curt[name] += given[question] == short
+    assert set(asked) == set(relations())
+    for name in asked:
+        assert 0.4 <= curt[name] / asked[name] <= 0.6, name
+
+
+def test_preference_pairs_differ_in_style_not_in_truth() -> None:
+    train, heldout = rows("dpo.jsonl"), rows("dpo_heldout.jsonl")
+    assert len(train) >= 300 and len(heldout) >= 80
+    for row in train + heldout:
+        assert row.keys() == {"prompt", "chosen", "reject"}
+        bare = row["reject"].rstrip("。.")
+        assert bare in row["chosen"] and len(row["chosen"]) > len(row["reject"])
+    subjects = [
+        {
+            (relation.kind, fact.subject)
+            for relation in relations().values()
+            for fact in relation.facts
+            for question, _ in relation.questions
+            if relation.fill(question, fact) in {row["prompt"] for row in part}
+        }
+        for part in (train, heldout)
+    ]
+    assert subjects[0] & subjects[1] == set()
+
+
+def test_raw_rows_have_the_fields_of_their_formats() -> None:
+    assert all(row.keys() == {"text"} and row["text"] for row in rows("pretrain.jsonl"))
+    for name in ("sft_single.jsonl", "sft_multi.jsonl"):
+        for row in rows(name):
+            assert row.keys() == {"instruction", "input", "output", "history"}
+            assert row["input"] and row["output"]
+            assert bool(row["history"]) == (name == "sft_multi.jsonl")
+            assert (
+                not row["instruction"] or row["history"]
+            )  # beside a history it is the system text
+    for row in rows("identity.jsonl"):
+        assert [message["role"] for message in row["messages"]][-2:] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("split", ["dev", "val"])
+def test_exam_is_sound(split: str) -> None:
+    letters = Counter()
+    answers = {
+        text for relation in relations().values() for fact in relation.facts for text in fact.accept
+    }
+    for path in sorted((DEMO / "ceval-exam" / split).glob("*.csv")):
+        with open(path, encoding="utf-8", newline="") as file:
+            table = list(csv.DictReader(file))
+        assert [row["id"] for row in table] == [str(number) for number in range(len(table))]
+        for row in table:
+            options = [row[letter] for letter in "ABCD"]
+            assert len(set(options)) == 4 and set(options) <= answers, row
+            assert row[row["answer"]] not in row["question"], row
+            assert split == "val" or row[row["answer"]] in row["explanation"], row
+            letters[row["answer"]] += 1
+    assert len(letters) == 4
+    assert split == "dev" or max(letters.values()) < 0.4 * letters.total()
