@@ -104,7 +104,7 @@ def is_right(item: QuizItem, answer: str) -> bool:
 
 
 def contains(answer: str, text: str) -> bool:
-    """Tell whether ``text`` is in ``answer``; Latin letters and digits as whole words: He is not H."""
+    """Tell whether ``text`` is in ``answer``; Latin and digits as whole words: He is not H."""
     pattern = re.escape(text)
     if re.match(r"[A-Za-z0-9]", text):
         pattern = r"(?<![A-Za-z0-9])" + pattern
