@@ -122,11 +122,10 @@ def documents_of(batch: Batch, tally: Tally) -> Iterator[tuple[Place, str]]:
     """Yield the documents of one batch with their places."""
     for place, record in read_records(batch, tally):
         try:
-            if batch.kind != "text":
-                record = _string(_fields(record), "text")
-                if record is None:
-                    raise BadRecord('no "text"')
-            text = _clean(record, _noter(place, tally))
+            text = record if batch.kind == "text" else _string(_fields(record), "text")
+            if text is None:
+                raise _missing('"text"', record)
+            text = _clean(text, _noter(place, tally))
             if not text or text.isspace():
                 raise BadRecord("empty text")
         except BadRecord as bad:
