@@ -83,18 +83,20 @@ class LMConfig(PretrainedConfig):
         self.seq_aux = seq_aux
         self.norm_topk_prob = norm_topk_prob
         self.use_cache = kwargs.pop("use_cache", True)
-        rope_parameters = kwargs.pop("rope_parameters", None)
-        # v1's ids; tied in every model of the family
-        for name, value in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 0)):
-            kwargs.setdefault(name, value)
-        kwargs.setdefault("tie_word_embeddings", True)
-        super().__init__(**kwargs)  # takes transformers' names too, so what follows comes after
+        for name in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, name, kwargs.pop(name))  # transformers' name of one of our fields
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         self.check()
         if self.hidden_dim is None:
             self.hidden_dim = swiglu_width(self.dim, self.multiple_of)
-        self.rope_scaling = rope_parameters if rope_scaling is None else rope_scaling
+        stored_scaling = kwargs.pop("rope_parameters", None)
+        self.rope_scaling = stored_scaling if rope_scaling is None else rope_scaling
+        # v1's ids; tied in every model of the family
+        for name, value in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 0)):
+            kwargs.setdefault(name, value)
+        kwargs.setdefault("tie_word_embeddings", True)
+        super().__init__(**kwargs)
 
     @property
     def head_dim(self) -> int:
