@@ -26,7 +26,13 @@ CONFIG_FLAGS = (
 ).split()
 INSTRUCTIONS = {"max_seq_len", "dropout"}
 KNOWN_FIELDS = {*inspect.signature(LMConfig).parameters, "rope_parameters"} - {"kwargs"}
-CHAT_WEIGHTS = ("rl", "multi_chat/full_sft", "single_chat/full_sft")  # in order of preference
+STAGE_STEMS = {
+    "pretrain": "pretrain",
+    "full_sft_single": "single_chat/full_sft",
+    "full_sft_multi": "multi_chat/full_sft",
+    "dpo": "rl",
+}
+CHAT_STAGES = ("dpo", "full_sft_multi", "full_sft_single")  # in order of preference
 
 
 @dataclass
@@ -38,18 +44,15 @@ class Loaded:
     path: Path | None
 
 
-def weights_path(out_dir: str | Path, stage: str, config: LMConfig) -> Path:
-    """Return where a stage leaves its weights, by v1's names.
+def weights_path(
+    out_dir: str | Path, stage: str, config: LMConfig, run_name: str | None = None
+) -> Path:
+    """Return where a stage leaves its weights, by v1's names; ``run_name`` keeps runs apart.
 
     ``stage`` is ``pretrain``, ``full_sft_single``, ``full_sft_multi`` or ``dpo``.
     """
-    names = {
-        "pretrain": "pretrain",
-        "full_sft_single": "single_chat/full_sft",
-        "full_sft_multi": "multi_chat/full_sft",
-        "dpo": "rl",
-    }
-    return Path(out_dir) / f"{names[stage]}_{width_name(config)}.pth"
+    stem = STAGE_STEMS[stage]
+    return Path(out_dir) / f"{'_'.join(filter(None, (stem, width_name(config), run_name)))}.pth"
 
 
 def width_name(config: LMConfig) -> str:
@@ -334,6 +337,44 @@ def check_tokenizer(
         )
 
 
+def start_model(args: argparse.Namespace, after: str | None) -> Loaded:
+    """Return the model that a stage begins with: ``--init_from``, else what stage ``after`` left.
+
+    Args:
+        after: the stage before; None: a new model with random weights.
+
+    Raises:
+        FileNotFoundError: the stage before has not been run.
+        ValueError: flags or tokenizer contradict the weights.
+    """
+    if args.init_from not in (None, "none"):
+        if not Path(args.init_from).exists():
+            raise FileNotFoundError(f"--init_from {args.init_from} does not exist")
+        return load_model(args.init_from, args)
+    if after is None or args.init_from == "none":
+        tokenizer = Tokenizer(args.tokenizer or DEFAULT_TOKENIZER)
+        config = new_config(args, tokenizer)
+        check_tokenizer(config, None, tokenizer, None)
+        return Loaded(MiniMindForCausalLM(config), tokenizer, None)
+    like = expected_config(args)
+    names = dict.fromkeys((args.run_name, None))  # this run's own, else the unnamed one
+    candidates = [weights_path(args.out_dir, after, like, name) for name in names]
+    for candidate in candidates:
+        if candidate.is_file():
+            return load_model(candidate, args)
+    script = {"pretrain": "1-pretrain.py", "full_sft_single": "3-full_sft.py --chat single"}[after]
+    raise FileNotFoundError(
+        f"{candidates[0]} does not exist: run {script} first, or name other weights with "
+        "--init_from ('none' starts from random ones)"
+    )
+
+
+def expected_config(args: argparse.Namespace) -> LMConfig:
+    """Return a configuration of the width that the flags say, to name files by."""
+    fields = stated_config(args)
+    return LMConfig(**{k: v for k, v in fields.items() if k in ("dim", "n_heads", "use_moe")})
+
+
 def find_weights(args: argparse.Namespace, purpose: str) -> Path:
     """Return the weights that the flags name, or the best that the stages left.
 
@@ -353,19 +394,22 @@ def find_weights(args: argparse.Namespace, purpose: str) -> Path:
                 f"{path} does not exist: run the stage that makes it, or name another"
             )
         return path
-    fields = stated_config(args)
-    width = f"{fields.get('dim', LMConfig().dim)}{'_moe' if fields.get('use_moe') else ''}"
-    stems = CHAT_WEIGHTS if purpose == "chat" else ("pretrain",)
+    stages = CHAT_STAGES if purpose == "chat" else ("pretrain",)
     roots = [Path(args.out_dir), Path(args.out_dir) / "demo"]
-    candidates = [root / f"{stem}_{width}.pth" for root in roots for stem in stems]
-    if "dim" not in fields:  # the demo's width is its own
-        candidates += [p for stem in stems for p in sorted(roots[1].glob(f"{stem}_*.pth"))]
+    like = expected_config(args)
+    candidates = [weights_path(root, stage, like) for root in roots for stage in stages]
+    if "dim" not in stated_config(args):  # the demo's width is its own
+        candidates += [
+            path
+            for stage in stages
+            for path in sorted(roots[1].glob(f"{STAGE_STEMS[stage]}_*.pth"))
+        ]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     scripts = "1-pretrain.py" if purpose == "pretrain" else "1-pretrain.py and 3-full_sft.py"
     raise FileNotFoundError(
-        f"no weights: looked for {', '.join(map(str, candidates[: len(stems)]))} and the demo's; "
+        f"no weights: looked for {', '.join(map(str, candidates[: len(stages)]))} and the demo's; "
         f"run {scripts} or `make demo`, or name a file with --weights"
     )
 

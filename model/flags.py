@@ -190,6 +190,7 @@ def training_parser(
     add("--keep_last", type=positive(int), default=2, help="training states kept on disk")
     add_switch(watching, "--resume", "go on from the last save, or start anew where there is none")
     add_switch(watching, "--resume_anyway", "resume although data or settings changed")
+    add_switch(watching, "--overwrite", "start anew although a run was stopped before its end")
     add("--show_samples", type=positive(int), metavar="N", help="print N training rows and stop")
     add_switch(watching, "--dry_run", "print the report that comes before the first step and stop")
     return parser
@@ -198,11 +199,12 @@ def training_parser(
 def parse_training_args(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """Parse, and fill what was not given from the recipe."""
+    """Parse, and fill what was not given from the recipe; ``from_recipe`` names those."""
     args = parser.parse_args(argv)
-    for name, value in vars(args).pop("recipes")[args.recipe].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    recipe = vars(args).pop("recipes")[args.recipe]
+    args.from_recipe = [name for name in recipe if getattr(args, name) is None]
+    for name in args.from_recipe:
+        setattr(args, name, recipe[name])
     args.resume = args.resume or args.resume_anyway
     return args
 

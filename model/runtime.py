@@ -104,8 +104,8 @@ def inference_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def setup(device: str, dtype: str, seed: int) -> Runtime:
-    """Find this process's place, seed its generators.
+def setup(device: str, dtype: str, seed: int, num_workers: int | None = None) -> Runtime:
+    """Find this process's place, seed its generators, limit the threads that tokenise.
 
     Raises:
         ValueError: a device or precision that is not to be had, or a launcher with several
@@ -118,4 +118,6 @@ def setup(device: str, dtype: str, seed: int) -> Runtime:
         )
     picked = pick_device(device)
     torch.manual_seed(seed)
+    if num_workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(num_workers)  # read when the tokenizer first runs
     return Runtime(picked, training_dtype(dtype, picked))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2  # <unk> (also padding), <s>, </s>: fixed by v1's files
@@ -63,6 +64,13 @@ class Tokenizer:
         merges = [m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"]]
         decisive = [spec["model"]["vocab"], merges, spec["normalizer"], spec["pre_tokenizer"]]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id spells: (vocab_size,) int64, 0 for the special tokens."""
+        tokens = (self._bpe.id_to_token(i) for i in range(self.vocab_size))
+        # byte-level BPE writes each byte as one character of its alphabet
+        return np.array([0 if t in SPECIAL_TOKENS else len(t) for t in tokens], np.int64)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text`` without beginning or end tokens."""

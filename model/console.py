@@ -1,0 +1,85 @@
+"""How a run shows itself: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .report import clock, human
+
+
+def progress_display(
+    log: Callable[[str], None], step: int, n_steps: int
+) -> "TerminalBar | PlainLines":
+    """Return the display that fits where standard error goes; it begins at update ``step``."""
+    if sys.stderr.isatty():
+        return TerminalBar(step, n_steps)
+    return PlainLines(log, step, n_steps)
+
+
+def line(record: dict[str, Any]) -> str:
+    """Return a log record for people."""
+    parts = [f"epoch {record['epoch']:.2f}", f"{human(record['tokens'])} tokens"]
+    for key, label, form in (
+        ("loss", "loss", ".4f"),
+        ("val_loss", "val_loss", ".4f"),
+        ("val_bpb", "bits/byte", ".4f"),
+        ("lr", "lr", ".2e"),
+        ("tokens_per_s", "tokens/s", ",.0f"),
+    ):
+        if record.get(key) is not None:
+            parts.append(f"{label} {record[key]:{form}}")
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {100 * record['mfu']:.0f} %")
+    if record.get("skipped"):
+        parts.append(f"skipped {record['skipped']}")
+    return "  ".join(parts)
+
+
+class PlainLines:
+    """Progress as lines of text."""
+
+    def __init__(self, log: Callable[[str], None], step: int, n_steps: int) -> None:
+        self.log, self.n_steps = log, n_steps
+        self.first_step, self.start = step, time.monotonic()
+
+    def update(self) -> None:
+        """Nothing moves between lines."""
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Print a record, with the time that is left."""
+        done = record["step"] - self.first_step
+        left = (time.monotonic() - self.start) / done * (self.n_steps - record["step"])
+        head = f"[{record['step']:>{len(str(self.n_steps))}}/{self.n_steps}]"
+        self.log(f"{head} {line(record)}  left {clock(left)}")
+        if "sample" in record:
+            self.log(f"  sample: {record['sample']!r}")
+
+    def close(self) -> None:
+        """Nothing to tidy up."""
+
+
+class TerminalBar:
+    """Progress as a bar; validations as lines above it."""
+
+    def __init__(self, step: int, n_steps: int) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=n_steps, initial=step, unit="update", dynamic_ncols=True)
+
+    def update(self) -> None:
+        """Move on by one update."""
+        self.bar.update()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Show the numbers beside the bar; keep a validation as a line."""
+        if "val_loss" in record:
+            self.bar.write(line(record))
+            if "sample" in record:
+                self.bar.write(f"  sample: {record['sample']!r}")
+        else:
+            self.bar.set_postfix_str(line(record))
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()

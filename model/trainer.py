@@ -1,0 +1,509 @@
+"""The one training loop: every stage, stop anywhere, go on bit for bit."""
+
+import argparse
+import math
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from .checkpoint import save_weights, weights_path, width_name
+from .console import progress_display
+from .evaluation import evaluate
+from .generation import SamplingOptions, generate, stream_text
+from .losses import Batch, LossFn, language_model_loss
+from .metrics import RunLog
+from .model import MiniMindForCausalLM
+from .optim import learning_rate_at, make_optimizer
+from .order import Sampler
+from .prefetch import prefetch
+from .report import human, model_cost, peak_flops, training_memory
+from .runtime import Runtime
+from .states import States, free_bytes
+from .tokenizer import Tokenizer
+
+MAX_SKIPPED_IN_A_ROW = 10
+WARMUP_SHARE, MAX_WARMUP = 0.02, 200
+SAMPLE_TOKENS = 48
+
+
+class Data(Protocol):
+    """What the loop needs of a stage's data."""
+
+    n_rows: int
+    fingerprint: dict[str, Any]
+
+    def batch(self, rows: np.ndarray) -> Batch: ...
+    def held_out_batches(self) -> list[Batch]: ...
+    def describe(self) -> str: ...
+
+
+@dataclass
+class Progress:
+    """Where a run is: all that is counted, saved with every state.
+
+    Attributes:
+        step: updates made, skipped ones included.
+        samples: rows seen, the place in the data.
+        tokens: inputs seen, padding not counted.
+        elapsed_s: seconds in the loop over all starts.
+        skipped: updates left out because loss or gradient was not finite.
+        loss, units: sums since the last log line.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    loss: float = 0.0
+    units: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def run_name(args: argparse.Namespace, stage: str, model: MiniMindForCausalLM) -> str:
+    """Return the name of a run's folders, ``pretrain_512`` for example."""
+    return "_".join(filter(None, (stage, width_name(model.config), args.run_name)))
+
+
+def train(
+    model: MiniMindForCausalLM,
+    tokenizer: Tokenizer,
+    data: Data,
+    args: argparse.Namespace,
+    runtime: Runtime,
+    *,
+    stage: str,
+    loss_fn: LossFn = language_model_loss,
+    sample_prompt: list[int] | None = None,
+) -> int:
+    """Train ``model`` on ``data`` as ``args`` say and leave its weights under v1's name.
+
+    Args:
+        args: of :func:`model.flags.training_parser`.
+        stage: names the files: pretrain, full_sft_single, full_sft_multi, lora, dpo.
+        sample_prompt: ids to continue after each validation, a text to look at.
+
+    Returns:
+        The process's exit code: 0, or 128 + the signal that stopped the run.
+
+    Raises:
+        ValueError: the run cannot start or go on; the message says what to do.
+        OSError: the last save failed.
+    """
+    return Run(model, tokenizer, data, args, runtime, stage, loss_fn, sample_prompt).run()
+
+
+class Run:
+    """One training run from its report to its last save."""
+
+    def __init__(
+        self,
+        model: MiniMindForCausalLM,
+        tokenizer: Tokenizer,
+        data: Data,
+        args: argparse.Namespace,
+        runtime: Runtime,
+        stage: str,
+        loss_fn: LossFn,
+        sample_prompt: list[int] | None,
+    ) -> None:
+        self.args, self.runtime, self.data, self.tokenizer = args, runtime, data, tokenizer
+        self.stage, self.loss_fn, self.sample_prompt = stage, loss_fn, sample_prompt
+        self.model = model.to(runtime.device).train()
+        self.compute = self.model  # or its compiled form, of the same parameters
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(
+            model, args.optimizer, args.learning_rate, args.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(
+            runtime.device.type, enabled=runtime.dtype == torch.float16
+        )
+        self.name = run_name(args, stage, model)
+        out = Path(args.out_dir)
+        self.log = RunLog(out / "logs" / self.name)
+        self.states = States(out / "checkpoints" / self.name, args.keep_last, runtime.warn)
+        self.weights = weights_path(out, stage, model.config, args.run_name)
+        self.held_out = data.held_out_batches()
+        self.progress = Progress()
+        self.stop_signal = 0
+
+        self.update_rows = args.batch_size * args.accumulation_steps * runtime.world_size
+        if args.max_steps:
+            self.n_samples = args.max_steps * self.update_rows
+        else:
+            self.n_samples = max(1, round(args.epochs * data.n_rows))
+        self.n_steps = math.ceil(self.n_samples / self.update_rows)
+        self.sampler = Sampler(
+            data.n_rows, args.seed, epochs=math.ceil(self.n_samples / data.n_rows)
+        )
+        self.warmup = args.warmup_iters
+        if self.warmup is None:
+            self.warmup = min(MAX_WARMUP, math.ceil(WARMUP_SHARE * self.n_steps))
+        self.peak_flops: float | None = None
+        self.cost = model_cost(model, model.config.max_seq_len)
+
+    # ------------------------------------------------------------------------- the whole run
+
+    def run(self) -> int:
+        """Report, go on from the last state if asked, train, save."""
+        self.report()
+        if self.args.dry_run:
+            return 0
+        resumed = self.resume() if self.args.resume else False
+        if not resumed:
+            self.refuse_to_overwrite()
+        settings = {**vars(self.args), "config": self.model.config.to_diff_dict()}
+        settings |= {"command": sys.argv, "n_steps": self.n_steps, "n_samples": self.n_samples}
+        if self.runtime.is_main:
+            self.log.start(settings, self.progress.step)
+        if self.progress.step >= self.n_steps:
+            self.runtime.log(f"{self.name}: all {self.n_steps:,} updates are done already")
+            self.save_weights()
+            return 0
+        self.compile()
+        with self.stoppable():
+            self.loop()
+        self.runtime.log(f"weights: {self.weights}; record: {self.log.folder}")
+        if self.stop_signal:
+            self.runtime.log(
+                f"stopped at update {self.progress.step:,} of {self.n_steps:,}; go on with: "
+                f"{resume_command()}"
+            )
+            return 128 + self.stop_signal
+        return 0
+
+    def loop(self) -> None:
+        """Update until the schedule ends or a signal asks to stop; the last step always saves."""
+        args, progress = self.args, self.progress
+        bar = progress_display(self.runtime.log, progress.step, self.n_steps)
+        started, before = time.monotonic(), progress.elapsed_s
+        logged_at, logged_tokens = time.monotonic(), progress.tokens
+        updates = prefetch(self.updates(), depth=2)
+        for batches in updates:
+            lr = learning_rate_at(
+                progress.step, self.n_steps, args.learning_rate, args.schedule, self.warmup
+            )
+            norm = self.update(batches, lr)
+            progress.elapsed_s = before + time.monotonic() - started
+            is_last = progress.step == self.n_steps
+            bar.update()
+            if progress.step % args.log_interval == 0 or is_last:
+                now = time.monotonic()
+                speed = (progress.tokens - logged_tokens) / (now - logged_at)
+                logged_at, logged_tokens = now, progress.tokens
+                self.log_training(lr, norm, speed, bar)
+            should_stop = bool(self.stop_signal) and not is_last
+            if progress.step % args.eval_interval == 0 or is_last:
+                self.validate(bar)
+                logged_at = time.monotonic()
+                progress.elapsed_s = before + logged_at - started
+            if progress.step % args.save_interval == 0 or is_last or should_stop:
+                self.save(must=is_last or should_stop)
+                logged_at = time.monotonic()
+            if should_stop:
+                break
+        updates.close()
+        bar.close()
+
+    # ------------------------------------------------------------------------- one update
+
+    def updates(self) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of this rank for each update from where the run is."""
+        size = self.args.batch_size
+        for begin in range(self.progress.samples, self.n_samples, self.update_rows):
+            end = min(begin + self.update_rows, self.n_samples)
+            mine = range(begin, end)[self.runtime.rank :: self.runtime.world_size]
+            rows = self.sampler.rows(np.array(mine))
+            yield [self.data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    def update(self, batches: list[Batch], lr: float) -> float:
+        """Make one update from the micro-batches of all ranks; return the gradient's norm.
+
+        Loss and gradient are means over the units of the whole update: one count for all parts, so
+        that no split changes them. An update that is not finite is left out and counted.
+
+        Raises:
+            ValueError: ten such updates in a row.
+        """
+        runtime, progress = self.runtime, self.progress
+        counts = [sum(b.n_units for b in batches), sum(b.n_tokens for b in batches)]
+        n_units, n_tokens = runtime.sum_over_ranks(counts)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = torch.zeros((), device=runtime.device)
+        metric_sums: dict[str, float] = {}
+        for batch in batches:
+            batch = batch.to(runtime.device)
+            with runtime.autocast():
+                sums = self.loss_fn(self.compute, batch)
+            loss = sums.loss / max(1, n_units)
+            if sums.balance is not None:
+                loss = loss + sums.balance * (batch.n_tokens / max(1, n_tokens))
+            # ranks average their gradients, so each gives its part times their number
+            self.scaler.scale(loss * runtime.world_size).backward()
+            loss_sum += sums.loss.detach()
+            for name, value in sums.metrics.items():
+                metric_sums[name] = metric_sums.get(name, 0.0) + float(value)
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.args.grad_clip or math.inf))
+        total = runtime.sum_over_ranks([float(loss_sum)])[0]
+        is_finite = math.isfinite(norm) and math.isfinite(total)
+        if is_finite:
+            self.scaler.step(self.optimizer)
+            progress.skipped_in_a_row = 0
+            progress.loss += total
+            progress.units += n_units
+            for name, value in metric_sums.items():
+                progress.metrics[name] = progress.metrics.get(name, 0.0) + value
+        else:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.samples = min(progress.samples + self.update_rows, self.n_samples)
+        progress.tokens += n_tokens
+        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(
+                f"loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} updates in a row, up "
+                f"to update {progress.step:,}: lower --learning_rate, raise --warmup_iters, or use "
+                "--dtype float32; the last save is whole"
+            )
+        return norm
+
+    # ------------------------------------------------------------------------- watching
+
+    def log_training(self, lr: float, norm: float, speed: float, bar: Any) -> None:
+        """Write a line of means since the last one."""
+        progress = self.progress
+        mean = {
+            name: value / max(1, progress.units)
+            for name, value in {"loss": progress.loss, **progress.metrics}.items()
+        }
+        record: dict[str, Any] = {"step": progress.step, "epoch": self.epoch()}
+        record |= {"samples": progress.samples, "tokens": progress.tokens}
+        record |= mean if progress.units else {"loss": None}
+        record |= {"lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
+        record |= {"tokens_per_s": round(speed, 1)}
+        if self.peak_flops:
+            record["mfu"] = round(speed * self.cost.flops_per_token / self.peak_flops, 4)
+        record |= {"skipped": progress.skipped, "elapsed_s": round(progress.elapsed_s, 3)}
+        progress.loss, progress.units, progress.metrics = 0.0, 0, {}
+        if self.runtime.is_main:
+            self.log.write(record)
+        bar.show(record)
+
+    def epoch(self) -> float:
+        """Return how many times the data has been seen."""
+        return round(self.progress.samples / self.data.n_rows, 4)
+
+    def validate(self, bar: Any) -> None:
+        """Measure on the held-out documents and write a line."""
+        with self.runtime.autocast():
+            result = evaluate(self.model, self.held_out, self.loss_fn, self.runtime.device)
+        if not result:
+            return
+        progress = self.progress
+        record = {"step": progress.step, "epoch": self.epoch(), "tokens": progress.tokens}
+        record |= result | {"elapsed_s": round(progress.elapsed_s, 3)}
+        if self.sample_prompt:
+            record["sample"] = self.sample()
+        if self.runtime.is_main:
+            self.log.write(record)
+        bar.show(record)
+
+    def sample(self) -> str:
+        """Return the likeliest continuation of the sample prompt."""
+        options = SamplingOptions(max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
+        self.model.eval()
+        tokens = generate(self.model, self.sample_prompt, options)
+        text = "".join(stream_text(self.tokenizer, tokens))
+        self.model.train()
+        return text
+
+    def report(self) -> None:
+        """Say what the run is about to do; refuse what cannot end well."""
+        args, runtime, model = self.args, self.runtime, self.model
+        T = model.config.max_seq_len
+        tokens_per_batch = args.batch_size * T
+        memory = training_memory(model, tokens_per_batch, runtime.dtype.itemsize)
+        n_trained = sum(p.numel() for p in self.parameters)
+        state_bytes = 4 * self.cost.n_params + 8 * n_trained
+        needed = (args.keep_last + 1) * state_bytes + 2 * 4 * self.cost.n_params
+        free = free_bytes(Path(args.out_dir))
+        if not args.dry_run:
+            self.peak_flops, source = peak_flops(runtime.device, runtime.dtype)
+            peak = (
+                f"; peak {human(self.peak_flops, 'FLOP/s')} ({source})" if self.peak_flops else ""
+            )
+        else:
+            peak = ""
+        dtype = str(runtime.dtype).removeprefix("torch.")
+        log = runtime.log
+        log(f"run         {self.name} ({args.recipe} recipe, seed {args.seed})")
+        log(
+            f"model       {self.cost.n_params:,} parameters ({n_trained:,} trained, "
+            f"{human(self.cost.n_active)} active a token), context {T}"
+        )
+        log(f"data        {self.data.describe()}")
+        log(
+            f"schedule    {self.n_samples / self.data.n_rows:.4g} epochs = {self.n_steps:,} "
+            f"updates of {self.update_rows} rows ({self.update_rows * T:,} positions); "
+            f"{args.optimizer}, rate {args.learning_rate:g} {args.schedule}, warm-up {self.warmup}"
+        )
+        log(f"device      {runtime.device}, {dtype}, {torch.get_num_threads()} threads{peak}")
+        log(
+            f"memory      about {human(memory, 'B')}; disk {human(needed, 'B')} for "
+            f"{args.keep_last} states and the weights, {human(free, 'B')} free"
+        )
+        if not self.held_out:
+            log("validation  none: no document is held out (a small file); see --val_data_path")
+        if free < needed:
+            raise ValueError(
+                f"{args.out_dir} has {human(free, 'B')} free, the run saves {human(needed, 'B')}: "
+                "make room, lower --keep_last, or name another --out_dir"
+            )
+
+    def compile(self) -> None:
+        """Compile the model if asked, and if there is a compiler."""
+        if not self.args.compile:
+            return
+        if self.runtime.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+            self.runtime.warn("--compile needs g++ or clang++ on a CPU; going on without")
+            return
+        self.compute = torch.compile(self.model)
+
+    # ------------------------------------------------------------------------- saving
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a resumed run must share with the one that saved."""
+        names = "learning_rate optimizer weight_decay grad_clip schedule seed recipe dtype".split()
+        chosen = {name: getattr(self.args, name) for name in names}
+        chosen |= {"rows an update": self.update_rows, "updates": self.n_steps}
+        chosen |= {"warmup_iters": self.warmup, **self.data.fingerprint}
+        ignored = {"transformers_version", "dtype", "_name_or_path"}
+        config = self.model.config.to_diff_dict().items()
+        return chosen | {f"config.{k}": v for k, v in config if k not in ignored}
+
+    def save(self, must: bool) -> None:
+        """Write state and weights; a full disk is a warning unless the run ends here."""
+        if not self.runtime.is_main:
+            return
+        random = {"cpu": torch.get_rng_state()}
+        if self.runtime.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random,
+            "progress": asdict(self.progress),
+            "identity": self.identity(),
+        }
+        try:
+            self.states.save(self.progress.step, state)
+            self.save_weights()
+            self.log.draw()
+        except OSError as error:
+            if must:
+                raise
+            self.runtime.warn(
+                f"update {self.progress.step:,} is not saved ({error}); older states stay, the run "
+                "goes on and tries again at the next save"
+            )
+
+    def save_weights(self) -> None:
+        """Write the weights under v1's name."""
+        save_weights(
+            self.model,
+            self.weights,
+            self.tokenizer,
+            stage=self.stage,
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+        )
+
+    def refuse_to_overwrite(self) -> None:
+        """Start anew only where no unfinished run would be lost."""
+        steps = self.states.steps()
+        if not steps:
+            return
+        if steps[0] < self.n_steps and not self.args.overwrite:
+            raise ValueError(
+                f"{self.states.folder} holds a run stopped at update {steps[0]:,}: go on with "
+                "--resume, start anew with --overwrite, or keep both apart with --run_name"
+            )
+        shutil.rmtree(self.states.folder)
+
+    def resume(self) -> bool:
+        """Take up the newest whole state; False where there is none.
+
+        Raises:
+            ValueError: it was made with other data or settings.
+        """
+        state = self.states.load_newest()
+        if state is None:
+            self.runtime.log(f"nothing to resume in {self.states.folder}: starting anew")
+            return False
+        was, now = state["identity"], self.identity()
+        changed = [
+            f"{key}: {was.get(key)!r} then, {now.get(key)!r} now"
+            for key in {**was, **now}
+            if was.get(key) != now.get(key)
+        ]
+        if changed and not self.args.resume_anyway:
+            raise ValueError(
+                f"{self.states.folder} was made with other settings ({'; '.join(changed)}): use "
+                "the same ones, accept the change with --resume_anyway, or name another --run_name"
+            )
+        for difference in changed:
+            self.runtime.warn(f"resuming with a change: {difference}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.runtime.device.type == "cuda" and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.runtime.device)
+        self.progress = Progress(**state["progress"])
+        self.runtime.log(f"going on from update {self.progress.step:,} of {self.n_steps:,}")
+        return True
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM finish the update and save; a second one ends at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self.stop_signal:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            print("\nstopping after this update …", file=sys.stderr, flush=True)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, ask) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def resume_command() -> str:
+    """Return the command line that goes on with this run."""
+    arguments = [a for a in sys.argv if a != "--overwrite"]
+    return shlex.join(["python", *arguments, *([] if "--resume" in arguments else ["--resume"])])
