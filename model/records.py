@@ -378,8 +378,7 @@ class _ArrayText:
                 break
             except (ValueError, RecursionError) as error:
                 n_pending = len(self._text) - self._at
-                may_go_on = not self._is_complete and n_pending < MAX_RECORD_BYTES
-                if isinstance(error, RecursionError) or not may_go_on:
+                if self._is_complete or n_pending > MAX_RECORD_BYTES:
                     self._pass_over()
                     raise BadRecord("broken JSON", _brief(error)) from None
                 self._read(max(BATCH_BYTES, n_pending))  # doubled, so it is parsed few times

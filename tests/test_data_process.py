@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data_process
@@ -253,6 +253,7 @@ NASTY = st.sampled_from(
         "\r\n",
         "\n\n",
         "\ufeffx",
+        "cr\rcr",
         "'",
         "#",
     ]
@@ -261,6 +262,7 @@ VALUES = st.lists(TEXT | NASTY | st.builds("".join, st.lists(NASTY, max_size=4))
 
 
 @settings(max_examples=40, deadline=None)  # each writes files
+@example(["cr\rcr", " x", "\ufeffx", "\\", '"'])
 @given(VALUES)
 def test_documents_survive_for_us_csv_and_pandas(tmp_path_factory, values) -> None:
     pandas = pytest.importorskip("pandas")

@@ -141,6 +141,14 @@ def test_a_giant_line_is_passed_over(tmp_path: Path, name: str) -> None:
     assert f":{3 if header else 2}" in tally.report()
 
 
+def test_a_csv_row_that_holds_a_giant_line_is_not_kept_without_it(tmp_path: Path) -> None:
+    giant = "x" * (records.MAX_RECORD_BYTES + records.BATCH_BYTES)
+    table = f'text\n"one"\n"begin\n{giant}\nend"\n"two"\n'
+    rows, tally = read(read_documents, write(tmp_path, "a.csv", table))
+    assert rows == ["one", "two"]
+    assert set(tally.skipped) == {"longer than 32 MiB", "CSV row with a line left out"}
+
+
 @pytest.mark.parametrize("pack", [lzma.compress, gzip.compress])
 def test_a_packed_file_that_breaks_off_gives_what_it_holds(tmp_path: Path, pack) -> None:
     texts = [f"{i} {i * 2**100 % 1_000_003}" for i in range(15_000)]
@@ -278,6 +286,13 @@ def test_a_broken_element_costs_itself_only(tmp_path: Path, indent) -> None:
     assert [value["id"] for value in values if "id" in value] == [0, 1, 3, 4, 5]
     assert tally.skipped["broken JSON"].count >= 1
     assert "#3 (Expecting ':' delimiter" in tally.report()
+
+
+def test_an_element_nested_too_deeply_is_broken(tmp_path: Path) -> None:
+    text = '[{"text": "a"},\n{"text": ' + "[" * 100_000 + '},\n{"text": "b"}]'
+    rows, tally = read(read_documents, write(tmp_path, "a.json", text))
+    assert rows == ["a", "b"]
+    assert counts(tally.skipped) == {"broken JSON": 1}
 
 
 def test_an_array_cut_off_gives_its_whole_elements(tmp_path: Path) -> None:
