@@ -462,6 +462,8 @@ def build_mask(attention_mask: Tensor | None, past: int | Tensor, T: int, x: Ten
                 f"attention_mask has {columns} columns, expected {past + T}: one for each of the "
                 f"{past} cached and {T} new tokens"
             )
+    # now, not when a layer asks: a static cache counts up its length in place at the first update
+    queries = torch.arange(T, device=x.device)[:, None] + past  # (T, 1)
     made: dict[int, Tensor | None] = {}
 
     def mask_for(n_keys: int) -> Tensor | None:
@@ -479,7 +481,6 @@ def build_mask(attention_mask: Tensor | None, past: int | Tensor, T: int, x: Ten
             mask = None  # nothing before, or a single query that sees every key
         else:
             keys = torch.arange(n_keys, device=x.device)
-            queries = torch.arange(T, device=x.device)[:, None] + past
             mask = (keys <= queries)[None, None]  # (1, 1, T, keys)
             if attention_mask is not None:
                 seen = attention_mask.to(x.device, torch.bool)
