@@ -185,7 +185,8 @@ def draw(logits: Tensor, uniform: float | Tensor) -> Tensor:
     cumulative = probs.cumsum(dim=-1)
     # a little below 1, so that rounding cannot push the target past the last token
     target = cumulative[..., -1:] * (uniform * (1 - 2**-20))
-    return ((cumulative > target) & (probs > 0)).int().argmax(dim=-1)  # the first such id
+    # the first such id; a GPU's parallel sum may rise by rounding where there is no mass
+    return ((cumulative > target) & (probs > 0)).int().argmax(dim=-1)
 
 
 class Sampler:
