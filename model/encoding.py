@@ -50,7 +50,7 @@ def content_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def split_text(text: str, max_chars: int = PIECE_CHARS) -> Iterator[str]:
+def split_text(text: str, max_chars: int) -> Iterator[str]:
     """Yield consecutive pieces of at most ``max_chars`` characters; their ids join to the whole's.
 
     The regular expression of byte-level BPE always starts a new word at a space or line break after
@@ -89,7 +89,7 @@ def _text_batches(texts: Iterable[str]) -> Iterator[_TextBatch]:
     batch, n_chars = _TextBatch(), 0
     for number, text in enumerate(texts):
         digest, n_bytes, begins = hashlib.blake2b(digest_size=8), 0, True
-        pieces = split_text(text)
+        pieces = split_text(text, PIECE_CHARS)
         piece = next(pieces)
         while piece is not None:
             following = next(pieces, None)

@@ -1,6 +1,7 @@
 """The order of training as a pure function: the place in the data is one integer."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -44,7 +45,7 @@ def permute(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     values = np.array(indices, np.int64).reshape(-1)
     if len(values) and not (0 <= values.min() and values.max() < n):
         raise ValueError(f"indices {values.min()} … {values.max()} do not lie in 0 … {n - 1}")
-    a = max(1, int(n**0.5))
+    a = math.isqrt(n - 1) + 1
     b = -(-n // a)
     keys = _round_keys(seed, epoch)
     pending = np.arange(len(values))

@@ -1,11 +1,10 @@
 """Packing: which pieces of which documents stand in which row, a pure function of the lengths.
 
 :func:`open_plan` packs the documents of a token store into rows and keeps the plan in the store's
-folder; :func:`read_rows` gives the tokens of any rows by memory map.
+folder; :func:`read_rows` gives the tokens of any rows.
 """
 
 import hashlib
-import mmap
 import os
 import shutil
 import time
@@ -107,15 +106,15 @@ def pack(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _windows(
-    offsets: np.ndarray, skip: np.ndarray, row_tokens: int, cut: bool
+    store: Any, skip: np.ndarray, row_tokens: int, cut: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (positions, lengths) of pieces, those of a window of documents at a time."""
-    for begin in range(0, len(offsets) - 1, WINDOW_DOCUMENTS):
-        bounds = offsets[begin : begin + WINDOW_DOCUMENTS + 1].astype(np.int64)
+    for begin in range(0, store.n_documents, WINDOW_DOCUMENTS):
+        bounds = store.bounds(begin, min(begin + WINDOW_DOCUMENTS, store.n_documents))
         positions, lengths = bounds[:-1], np.diff(bounds)
         left_out = skip[slice(*np.searchsorted(skip, (begin, begin + WINDOW_DOCUMENTS)))]
         lengths[left_out - begin] = 0
-        # giant documents have many pieces: split the window so that no part has many more than usual
+        # giant documents have many pieces: then the window is split
         n_pieces = np.cumsum(lengths // (row_tokens - 1) + 1)
         edges = np.flatnonzero(np.diff(n_pieces // (2 * WINDOW_DOCUMENTS))) + 1
         for part in np.split(np.arange(len(lengths)), edges):
@@ -127,31 +126,28 @@ def _windows(
 
 
 class Plan:
-    """Which pieces of which documents each row holds, read by memory map.
+    """Which pieces of which documents each row holds, read from a file in the store's folder.
 
     ``n_rows``, ``n_pieces``, ``n_tokens`` (positions in use) and ``row_tokens`` are its size.
+
+    Raises:
+        ValueError: the file is damaged or not the plan of this ``key``.
     """
 
-    def __init__(self, path: Path, row_tokens: int, key: int) -> None:
-        size = path.stat().st_size
+    def __init__(self, store: Any, path: Path, row_tokens: int, key: int) -> None:
+        self._arguments = store, path, row_tokens, key
         with open(path, "rb") as file:
-            header = np.frombuffer(
-                file.read(HEADER.itemsize).ljust(HEADER.itemsize, b"\0"), HEADER
-            )[0]
-            n_rows, n_pieces = int(header["n_rows"]), int(header["n_pieces"])
-            expected = HEADER.itemsize + 8 * (n_pieces + n_rows + 1)
-            if header["magic"] != MAGIC or int(header["key"]) != key or size != expected:
-                raise ValueError(f"{path} is not the plan asked for, or cut off")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        values = np.frombuffer(self._map, "<u8", offset=HEADER.itemsize)
+            header = file.read(HEADER.itemsize).ljust(HEADER.itemsize, b"\0")
+        magic, found_key, *counts = np.frombuffer(header, HEADER)[0].tolist()
+        if magic != MAGIC or found_key != key:
+            raise ValueError(f"{path} is not the plan asked for")
         self.path, self.row_tokens = path, row_tokens
-        self.n_rows, self.n_pieces, self.n_tokens = n_rows, n_pieces, int(header["n_tokens"])
-        self._pieces, self._row_starts = values[:n_pieces], values[n_pieces:]
-        self._key = key
-        self._touched = 0
+        self.n_rows, self.n_pieces, self.n_tokens = counts
+        n_values = self.n_pieces + self.n_rows + 1
+        self._file = store.piece_file(path.name, "<u8", n_values, header_bytes=HEADER.itemsize)
 
     def __reduce__(self) -> tuple:
-        return Plan, (self.path, self.row_tokens, self._key)
+        return Plan, self._arguments
 
     @property
     def utilisation(self) -> float:
@@ -163,19 +159,26 @@ class Plan:
         rows = np.asarray(rows, np.int64)
         if len(rows) and not (0 <= rows.min() and rows.max() < self.n_rows):
             raise IndexError(f"rows {rows.min()} … {rows.max()} of a plan that has {self.n_rows}")
-        first = self._row_starts[rows].astype(np.int64)
-        counts = self._row_starts[rows + 1].astype(np.int64) - first
-        index = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-        packed = self._pieces[index].astype(np.int64)
-        self._touched += len(rows)
-        if self._touched > 128 and hasattr(mmap, "MADV_DONTNEED"):
-            self._touched = 0  # two faults a row, up to 64 KiB each: as in TokenStore.gather
-            self._map.madvise(mmap.MADV_DONTNEED)
+        two = np.full(len(rows), 2)
+        bounds = self._read(rows + self.n_pieces, two).reshape(len(rows), 2)  # row starts, two each
+        counts = bounds[:, 1] - bounds[:, 0]
+        packed = self._read(bounds[:, 0], counts)
         return packed >> LENGTH_BITS, packed & MAX_ROW_TOKENS, counts
+
+    def _read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        ends = np.cumsum(lengths)
+        out = np.empty(ends[-1] if len(ends) else 0, np.uint64)
+        self._file.gather(starts, lengths, ends - lengths, out)
+        return out.astype(np.int64)
 
 
 def open_plan(
-    store: Any, row_tokens: int, *, cut: bool = True, alone: bool = False, hold_out: bool = True
+    store: Any,
+    row_tokens: int,
+    *,
+    cut: bool = True,
+    alone: bool = False,
+    hold_out: bool = True,
 ) -> Plan:
     """Return the packing plan of a store, made and kept in the store's folder when first asked for.
 
@@ -203,12 +206,11 @@ def open_plan(
     path = store.folder / f"plan-{row_tokens}-{digest.hexdigest()}.bin"
     if path.is_file():
         try:
-            return Plan(path, row_tokens, key)
+            return Plan(store, path, row_tokens, key)
         except ValueError:
             pass  # damaged: made anew below
-    _write_plan(path, _windows(store.offsets, skip, row_tokens, cut), row_tokens, alone, key)
-    store.release()  # the offsets, all read once
-    return Plan(path, row_tokens, key)
+    _write_plan(path, _windows(store, skip, row_tokens, cut), row_tokens, alone, key)
+    return Plan(store, path, row_tokens, key)
 
 
 def _write_plan(
@@ -272,15 +274,15 @@ def read_rows(store: Any, plan: Plan, rows: np.ndarray) -> Rows:
     within = np.arange(n) - np.repeat(last + 1 - counts, counts)
     destinations = ends - lengths + row * T1 - np.repeat(np.cumsum(used) - used, counts)
 
-    tokens = np.zeros(B * T1, np.int64)
-    mask = np.zeros(B * T1, bool) if store.has_mask else None
+    tokens = np.zeros(B * T1, np.uint16)
+    mask = np.zeros(B * T1, np.uint8) if store.has_mask else None
     store.gather(positions, lengths, destinations, tokens, mask)
     # each row's padding as one more piece, so that all pieces together fill the rows exactly
     numbers = np.insert(within, last + 1, -1).astype(np.int32)
     segments = np.repeat(numbers, np.insert(lengths, last + 1, T1 - used))
     shape = (B, T1)
     return Rows(
-        tokens.reshape(shape),
+        tokens.astype(np.int64).reshape(shape),
         segments.reshape(shape),
-        None if mask is None else mask.reshape(shape),
+        None if mask is None else mask.view(bool).reshape(shape),
     )

@@ -47,13 +47,14 @@ def write_store(
         shard_tokens: a shard ends after the document that reaches this many tokens.
 
     Raises:
+        FileNotFoundError: a source that is not there.
         ValueError: an id outside the vocabulary, no documents, a source that changed meanwhile.
         OSError: the disk is too small, told before or while writing; nothing is left behind.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(folder):
-        return _write_store(folder, key, documents, shard_tokens)
+        return _write_store(folder, key, lambda: documents, shard_tokens)
 
 
 def ensure_store(
@@ -79,14 +80,20 @@ def ensure_store(
             return open_store(folder, key)
         except StaleStore as reason:
             log(f"building {folder}: {reason}")
-        return _write_store(folder, key, make_documents(), shard_tokens)
+        return _write_store(folder, key, make_documents, shard_tokens)
 
 
 def _write_store(
-    folder: Path, key: StoreKey, documents: Iterable[Documents], shard_tokens: int
+    folder: Path,
+    key: StoreKey,
+    make_documents: Callable[[], Iterable[Documents]],
+    shard_tokens: int,
 ) -> TokenStore:
     building = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)  # of a build that was killed
+    for path in key.sources:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: name the source with --data_path")
     _require_space(folder, key)
     before = [_size_and_time(path) for path in key.sources]
     writer = None
@@ -94,7 +101,7 @@ def _write_store(
         with _disk_errors(folder):
             building.mkdir()
             writer = _Writer(building, key.vocab_size, shard_tokens)
-            for batch in documents:
+            for batch in make_documents():
                 writer.add(batch)
             if not writer.n_documents:
                 names = ", ".join(map(str, key.sources)) or "the source"

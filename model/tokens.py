@@ -1,4 +1,4 @@
-"""The token store: a corpus tokenised once, read by memory map ever after.
+"""The token store: a corpus tokenised once, read from the disk in any order ever after.
 
 A store is a folder ``<name>.tokens/`` beside its source, written by ``store_writer.py``:
 
@@ -16,8 +16,11 @@ A store that was made from anything else than what is asked for is stale: rebuil
 
 import hashlib
 import json
-import mmap
 import os
+import threading
+import weakref
+from bisect import bisect_right
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +30,9 @@ import numpy as np
 
 FORMAT_VERSION = 1
 MAX_VOCAB_SIZE = 2**16  # ids are uint16
-RESIDENT_BYTES = 16 << 20  # mapped pages a reader may keep before it hands them back
 
 
-class StaleStore(Exception):
+class StaleStore(ValueError):
     """No usable store: missing, broken or made from something else; the text says which."""
 
 
@@ -145,29 +147,85 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     os.replace(temporary, folder / "manifest.json")
 
 
-class _MappedFile:
-    """A file as a read-only array that does not stay in memory: touched pages are handed back."""
+class PieceFile:
+    """A file of numbers, read in small pieces from any place.
 
-    def __init__(self, path: Path, dtype: str, n_values: int) -> None:
-        expected = n_values * np.dtype(dtype).itemsize
+    With ``pread`` rather than a memory map: both come from the system's cache, but whatever a map
+    has touched counts as this process's memory, and to hand those pages back costs five times what
+    copying does (measured); a read waits for the disk without the GIL; a file that is cut off
+    meanwhile is an error instead of a crash. Threads may share it.
+
+    Raises:
+        StaleStore: the file does not have ``n_values`` numbers.
+    """
+
+    def __init__(self, path: Path, dtype: str, n_values: int, *, header_bytes: int = 0) -> None:
+        self.path, self.dtype, self.header_bytes = path, np.dtype(dtype), header_bytes
+        expected = header_bytes + n_values * self.dtype.itemsize
         found = path.stat().st_size if path.is_file() else None
         if found != expected:
             size = "is missing" if found is None else f"has {found:,} bytes"
             raise StaleStore(f"{path} {size}, expected {expected:,} bytes")
-        self._map = None
-        if n_values:
-            with open(path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.values = np.frombuffer(self._map or b"", dtype)
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._fd)
 
-    def release(self) -> None:
-        """Drop the pages from this process; the system's cache keeps them."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the numbers [start, stop), a new array."""
+        values = np.empty(stop - start, self.dtype)
+        self.read_bytes(memoryview(values).cast("B"), start * self.dtype.itemsize)
+        return values
+
+    def gather(
+        self, starts: np.ndarray, lengths: np.ndarray, destinations: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Copy pieces: ``out[d : d + n] = numbers[s : s + n]`` for each s, n, d."""
+        _gather([self], np.zeros_like(starts), starts, lengths, destinations, out)
+
+    def read_bytes(self, out: memoryview, position: int) -> None:
+        """Fill ``out`` with the bytes from ``position`` (of the first number: 0) on."""
+        if _read_at(self._fd, out, self.header_bytes + position) != len(out):
+            raise OSError(f"{self.path} was cut off while in use: build it again")
+
+
+def _gather(
+    files: Sequence[PieceFile],
+    which: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    destinations: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Copy pieces: ``out[d : d + n] = files[w][s : s + n]`` for each w, s, n, d; (n_pieces,) each.
+
+    ``out`` is one-dimensional, contiguous and of the files' type.
+    """
+    size, view = out.itemsize, memoryview(out).cast("B")
+    begins, ends = destinations * size, (destinations + lengths) * size
+    pieces = zip(
+        which.tolist(), (starts * size).tolist(), begins.tolist(), ends.tolist(), strict=True
+    )
+    for number, position, begin, end in pieces:
+        files[number].read_bytes(view[begin:end], position)
+
+
+if hasattr(os, "preadv"):
+
+    def _read_at(fd: int, out: memoryview, position: int) -> int:
+        return os.preadv(fd, [out], position)
+
+else:  # Windows
+    _SEEK_LOCK = threading.Lock()
+
+    def _read_at(fd: int, out: memoryview, position: int) -> int:
+        with _SEEK_LOCK:
+            os.lseek(fd, position, os.SEEK_SET)
+            data = os.read(fd, len(out))
+        out[: len(data)] = data
+        return len(data)
 
 
 class TokenStore:
-    """A store opened for reading by memory map: any size opens in milliseconds and costs no memory.
+    """A store opened for reading: any size opens in milliseconds and needs no memory.
 
     Safe to use from several threads, to send to another process (it opens the files anew) and to
     read while a newer store replaces it.
@@ -181,37 +239,33 @@ class TokenStore:
         path = self.folder / "manifest.json"
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            version = self.manifest["format"]
-        except FileNotFoundError:
+            if self.manifest["format"] != FORMAT_VERSION:
+                raise StaleStore(
+                    f"{self.folder} has format {self.manifest['format']!r}, "
+                    f"this version reads {FORMAT_VERSION}"
+                )
+            self.n_documents: int = self.manifest["documents"]
+            self.n_tokens: int = self.manifest["tokens"]
+            self.has_mask: bool = self.manifest["has_mask"]
+            shards: list[int] = self.manifest["shards"]
+        except StaleStore:
+            raise
+        except (FileNotFoundError, NotADirectoryError):
             raise StaleStore(f"{self.folder} does not exist or has no manifest.json") from None
-        except (ValueError, KeyError, TypeError, NotADirectoryError):
-            raise StaleStore(f"{path} is not a manifest") from None
-        if version != FORMAT_VERSION:
-            raise StaleStore(
-                f"{self.folder} has format {version}, this version reads {FORMAT_VERSION}"
-            )
-        self.n_documents: int = self.manifest["documents"]
-        self.n_tokens: int = self.manifest["tokens"]
-        self.has_mask: bool = self.manifest["has_mask"]
-        shards: list[int] = self.manifest["shards"]
+        except (ValueError, KeyError, TypeError):
+            raise StaleStore(f"{path} is not the manifest of a token store") from None
         self._first = np.cumsum([0, *shards])[:-1]  # position of each shard's first token
-        self._offsets = _MappedFile(self.folder / "offsets.bin", "<u8", self.n_documents + 1)
+        self._offsets = PieceFile(self.folder / "offsets.bin", "<u8", self.n_documents + 1)
         self._tokens = [
-            _MappedFile(self.folder / f"tokens-{i:05d}.bin", "<u2", n) for i, n in enumerate(shards)
+            PieceFile(self.folder / f"tokens-{i:05d}.bin", "<u2", n) for i, n in enumerate(shards)
         ]
         self._masks = [
-            _MappedFile(self.folder / f"mask-{i:05d}.bin", "u1", n)
+            PieceFile(self.folder / f"mask-{i:05d}.bin", "u1", n)
             for i, n in enumerate(shards if self.has_mask else [])
         ]
-        self._touched_bytes = 0
 
     def __reduce__(self) -> tuple:
         return TokenStore, (self.folder,)
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """(n_documents + 1,) uint64 token positions, memory-mapped."""
-        return self._offsets.values
 
     @property
     def held_out(self) -> np.ndarray:
@@ -223,29 +277,50 @@ class TokenStore:
         """UTF-8 bytes of each held-out document's text, for bits per byte."""
         return np.array(self.manifest["held_out"]["text_bytes"], np.int64)
 
+    @property
+    def offsets(self) -> np.ndarray:
+        """(n_documents + 1,) uint64: where each document begins; a memory map of the file."""
+        return np.memmap(self._offsets.path, "<u8", "r")
+
+    def bounds(self, start: int, stop: int) -> np.ndarray:
+        """Return where the documents [start, stop) begin, and where the last ends: int64."""
+        return self._offsets.read(start, stop + 1).astype(np.int64)
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the tokens of each document in ``numbers``: int64."""
+        numbers = np.asarray(numbers, np.int64)
+        places = np.arange(len(numbers))
+        bounds = np.empty(2 * len(numbers), np.uint64)
+        self._offsets.gather(numbers, np.full_like(numbers, 2), 2 * places, bounds)
+        return np.diff(bounds.astype(np.int64).reshape(-1, 2))[:, 0]
+
+    def piece_file(self, name: str, dtype: str, n_values: int, **options: int) -> PieceFile:
+        """Open another file of this folder, see :class:`PieceFile`."""
+        return PieceFile(self.folder / name, dtype, n_values, **options)
+
     def document(self, index: int) -> np.ndarray:
-        """Return the ids of a document: (length,) uint16, a read-only view."""
-        return self._view(self._tokens, index)
+        """Return the ids of a document: (length,) uint16."""
+        return self._read(self._tokens, index, np.uint16)
 
     def mask(self, index: int) -> np.ndarray:
         """Return which tokens of a document are trained: (length,) uint8 of 0 and 1."""
         if not self.has_mask:
             return np.ones(len(self.document(index)), np.uint8)
-        return self._view(self._masks, index)
+        return self._read(self._masks, index, np.uint8)
 
-    def _view(self, files: list[_MappedFile], index: int) -> np.ndarray:
+    def _read(self, files: list[PieceFile], index: int, dtype: type) -> np.ndarray:
         if not 0 <= index < self.n_documents:
             raise IndexError(f"document {index} of a store that has {self.n_documents}")
-        start, stop = (int(position) for position in self.offsets[index : index + 2])
+        start, stop = self.bounds(index, index + 1)
         if start == stop:
-            return np.empty(0, files[0].values.dtype if files else np.uint16)
+            return np.empty(0, dtype)
         shard = int(np.searchsorted(self._first, start, side="right")) - 1
-        base = int(self._first[shard])
-        return files[shard].values[start - base : stop - base]
+        return files[shard].read(*(int(p - self._first[shard]) for p in (start, stop)))
 
-    def document_at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the number of the document that holds each token position."""
-        return np.searchsorted(self.offsets, positions.astype(np.uint64), side="right") - 1
+    def document_at(self, position: int) -> int:
+        """Return the number of the document that holds the token at ``position``."""
+        numbers = range(self.n_documents + 1)
+        return bisect_right(numbers, position, key=lambda i: self.bounds(i, i)[0]) - 1
 
     def gather(
         self,
@@ -258,38 +333,15 @@ class TokenStore:
         """Copy pieces of documents: ``out[d : d + n] = tokens[p : p + n]`` for each p, n, d.
 
         Args:
-            positions, lengths, destinations: (n_pieces,) integers; a piece lies within one
-                document.
-            out: 1-D array of any integer type, receives the ids.
-            out_mask: as ``out``, receives the mask; only for a store that has one.
+            positions, lengths, destinations: (n_pieces,) int64; a piece lies within one document.
+            out: 1-D contiguous uint16, receives the ids.
+            out_mask: 1-D contiguous uint8, receives the mask; only for a store that has one.
         """
         shards = np.searchsorted(self._first, positions, side="right") - 1
         starts = positions - self._first[shards]
-        tokens = [file.values for file in self._tokens]
-        masks = [file.values for file in self._masks]
-        pieces = zip(
-            shards.tolist(), starts.tolist(), lengths.tolist(), destinations.tolist(), strict=True
-        )
-        # Slices beat fancy indexing here: a piece is hundreds of tokens, and no index array is
-        # built per token.
-        if out_mask is None:
-            for shard, start, length, destination in pieces:
-                out[destination : destination + length] = tokens[shard][start : start + length]
-        else:
-            for shard, start, length, destination in pieces:
-                out[destination : destination + length] = tokens[shard][start : start + length]
-                out_mask[destination : destination + length] = masks[shard][start : start + length]
-        # A fault maps up to 64 KiB around the page; without this an epoch would map the whole
-        # store.
-        self._touched_bytes += len(positions) * 2**16
-        if self._touched_bytes > RESIDENT_BYTES:
-            self._touched_bytes = 0
-            self.release()
-
-    def release(self) -> None:
-        """Give the mapped pages back to the system."""
-        for file in (self._offsets, *self._tokens, *self._masks):
-            file.release()
+        _gather(self._tokens, shards, starts, lengths, destinations, out)
+        if out_mask is not None:
+            _gather(self._masks, shards, starts, lengths, destinations, out_mask)
 
 
 def open_store(folder: str | Path, key: StoreKey | None = None) -> TokenStore:
