@@ -1,4 +1,4 @@
-"""Raw files to training tables: python data_process.py [pretrain|sft|rl --input FILE --output FILE]
+"""Raw files to training tables: python data_process.py [STAGE [--input FILE... --output FILE]]
 
 Without --input it looks in dataset/ for the raw files below and makes what it can.
 
@@ -6,6 +6,7 @@ Without --input it looks in dataset/ for the raw files below and makes what it c
   sft       dataset/sft_data_zh.jsonl -> dataset/sft_data_single.csv (conversations of one turn)
                                      and dataset/sft_data.csv (all conversations)
   rl        dataset/dpo/*.json, *.jsonl but train_data.json -> dataset/dpo/train_data.json
+  tokens    the CSVs above -> NAME.tokens/ beside each; training makes these by itself as well
 
 Any of them may be packed as .xz or .gz. With --input, other names and forms:
 
@@ -27,6 +28,8 @@ import sys
 import time
 from pathlib import Path
 
+from model.flags import non_negative, positive, run_main
+from model.rows import holds_documents
 from model.tables import STAGES, TURNS, V1_FILTERS, Filters, Job, Progress, convert
 
 RAW_NAMES = {
@@ -45,35 +48,43 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", nargs="?", choices=tuple(STAGES), help="default: all")
-    parser.add_argument("--input", nargs="+", metavar="FILE", help="raw files, read in this order")
-    parser.add_argument("--output", metavar="FILE", help="the table to write (.csv; rl: .json)")
-    parser.add_argument("--data_dir", default="dataset", help="where raw files are looked for")
-    parser.add_argument(
-        "--turns", choices=TURNS, help="sft with --output: which conversations (default: all)"
+    add = parser.add_argument
+    add("stage", nargs="?", choices=(*STAGES, "tokens"), help="default: the first three")
+    add("--input", nargs="+", metavar="FILE", help="read these, in this order")
+    add("--output", metavar="FILE", help="the table to write (.csv; rl: .json)")
+    add("--data_dir", default="dataset", help="where files are looked for (default: dataset)")
+    add("--turns", choices=TURNS, help="sft with --output: which conversations (default: all)")
+    add("--min_chars", type=non_negative(int), help="leave out shorter texts")
+    add("--max_chars", type=positive(int), help="leave out longer texts")
+    add(
+        "--min_chinese_ratio",
+        type=non_negative(float),
+        help="leave out texts with a smaller share of Chinese characters (0 to 1)",
     )
-    parser.add_argument("--min_chars", type=int, help="leave out shorter texts")
-    parser.add_argument("--max_chars", type=int, help="leave out longer texts")
-    parser.add_argument(
-        "--min_chinese_ratio", type=float, help="leave out texts with a smaller share of Chinese"
-    )
-    parser.add_argument(
+    add(
         "--recipe",
         choices=("v1",),
         help="filter as v1 did: documents up to 512 characters; questions of 10-512, answers of "
-        "5-512, both more than half Chinese; preference texts up to 520 (other flags go first)",
+        "5-512, both more than half Chinese; preference texts up to 520 (the flags above go first)",
     )
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    add("--workers", type=positive(int), help="processes (default: one per core)")
+    add("--tokenizer", metavar="DIR", help="tokens: default model/minimind_tokenizer")
+    add("--max_seq_len", type=positive(int), default=512, help="tokens of chats (default: 512)")
     args = parser.parse_args(argv)
     _check(args, parser)
     return args
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.input and not args.stage:
+        parser.error("--input needs a stage: data_process.py pretrain|sft|rl|tokens --input FILE …")
+    if args.stage == "tokens":
+        for name in ("output", "turns", "min_chars", "max_chars", "min_chinese_ratio", "workers"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} is not for tokens: each table gets its store beside it")
+        return
     if bool(args.input) != bool(args.output):
         parser.error("--input and --output belong together: name both, or neither")
-    if args.input and not args.stage:
-        parser.error("--input needs a stage: data_process.py pretrain|sft|rl --input FILE …")
     if args.turns and not (args.stage == "sft" and args.output):
         parser.error("--turns is for sft with --input and --output")
     if args.output:
@@ -82,16 +93,12 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             parser.error(f"--output {args.output}: the {args.stage} table ends in {suffix}")
         if Path(args.output).resolve() in {Path(path).resolve() for path in args.input}:
             parser.error(f"--output {args.output} is also an input: choose another name")
-    for name, least in (("workers", 1), ("min_chars", 0), ("max_chars", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} {value}: expected {least} or more")
-    if args.min_chinese_ratio is not None and not 0 <= args.min_chinese_ratio <= 1:
+    if (args.min_chinese_ratio or 0) > 1:
         parser.error(f"--min_chinese_ratio {args.min_chinese_ratio}: expected 0 to 1")
 
 
 def find_raw(data_dir: Path, stage: str) -> list[Path]:
-    """Return the stage's raw files in the data folder; of a name, plain goes before packed."""
+    """Return the stage's raw files in the data folder; of one name, plain goes before packed."""
     found: dict[str, Path] = {}
     for pattern in RAW_NAMES[stage]:
         for packing in ("", ".xz", ".gz"):
@@ -111,7 +118,7 @@ def filters_of(args: argparse.Namespace, stage: str) -> Filters:
     return dataclasses.replace(filters, **{k: v for k, v in given.items() if v is not None})
 
 
-def make(
+def make_tables(
     args: argparse.Namespace, stage: str, inputs: list[Path], outputs: dict[str, Path]
 ) -> None:
     """Write one stage's tables and print the counts."""
@@ -122,18 +129,20 @@ def make(
         tally, n_rows = convert(
             inputs, list(outputs.values()), job, workers=args.workers, progress=progress
         )
+    except KeyboardInterrupt:
+        print(f"\n{stage}: stopped, nothing written; run it again", file=sys.stderr)
+        raise
     finally:
         progress.close()
     for path, n in zip(outputs.values(), n_rows, strict=True):
         print(f"{path}: {n:,} rows, {path.stat().st_size / 1e6:,.1f} MB")
-    print(f"{stage}: {time.monotonic() - begin:.1f} s; {tally.report()}")
+    print(f"{stage}: {time.monotonic() - begin:.1f} s; {tally.report()}", flush=True)
 
 
-def make_found(args: argparse.Namespace) -> None:
+def make_found_tables(args: argparse.Namespace) -> None:
     """Make every table whose raw files are in the data folder; say what is missing."""
     data_dir = Path(args.data_dir)
-    stages = [args.stage] if args.stage else list(STAGES)
-    found = {stage: find_raw(data_dir, stage) for stage in stages}
+    found = {stage: find_raw(data_dir, stage) for stage in ([args.stage] if args.stage else STAGES)}
     for stage, paths in found.items():
         names = " or ".join(str(data_dir / name) for name in RAW_NAMES[stage])
         print(f"{stage}: found {', '.join(map(str, paths)) if paths else f'nothing ({names})'}")
@@ -145,23 +154,41 @@ def make_found(args: argparse.Namespace) -> None:
     for stage, paths in found.items():
         if paths:
             outputs = {turns: data_dir / name for turns, name in TABLES[stage].items()}
-            make(args, stage, paths, outputs)
+            make_tables(args, stage, paths, outputs)
+
+
+def make_tokens(args: argparse.Namespace) -> None:
+    """Make the token store beside each table, unless it is there and fits."""
+    names = [name for stage in ("pretrain", "sft") for name in TABLES[stage].values()]
+    known = [Path(args.data_dir, name) for name in names]
+    inputs = [Path(p) for p in args.input or ()] or [path for path in known if path.exists()]
+    if not inputs:
+        tried = ", ".join(map(str, known))
+        raise FileNotFoundError(f"no tables ({tried}): make them with data_process.py")
+    from model.dataset import V1_MAX_CHARS, pretrain_store, sft_store
+    from model.tokenizer import DEFAULT_TOKENIZER, Tokenizer
+
+    tokenizer = Tokenizer(args.tokenizer or DEFAULT_TOKENIZER)
+    for path in inputs:
+        if holds_documents(path):
+            max_chars = V1_MAX_CHARS if args.recipe == "v1" else None
+            store = pretrain_store(path, tokenizer, max_chars=max_chars)
+        else:
+            store = sft_store(path, tokenizer, max_tokens=args.max_seq_len + 1)
+        print(f"{store.folder}: {store.n_documents:,} documents, {store.n_tokens:,} tokens")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
-    try:
-        if args.input:
-            turns = args.turns or "all"
-            make(args, args.stage, [Path(path) for path in args.input], {turns: Path(args.output)})
-        else:
-            make_found(args)
-    except KeyboardInterrupt:
-        sys.exit("stopped: tables that were not complete have not been written; run it again")
-    except (OSError, ValueError) as error:
-        sys.exit(f"data_process.py: {error}")
+    if args.stage == "tokens":
+        make_tokens(args)
+    elif args.input:
+        outputs = {args.turns or "all": Path(args.output)}
+        make_tables(args, args.stage, [Path(path) for path in args.input], outputs)
+    else:
+        make_found_tables(args)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

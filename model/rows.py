@@ -80,6 +80,14 @@ def read_preferences(path: str | Path, tally: Tally) -> Iterator[dict[str, Any]]
     yield from _read(path, tally, preferences_of, PREFERENCE_FORMS)
 
 
+def holds_documents(path: str | Path) -> bool:
+    """Tell, by its first good record, whether a file holds documents rather than conversations."""
+    for batch in read_batches(path):
+        for _, record in read_records(batch, Tally()):
+            return batch.kind == "text" or (isinstance(record, dict) and "text" in record)
+    return True
+
+
 class FormatCheck:
     """Tells a few bad records from a file of another format, from the tallies of its batches."""
 

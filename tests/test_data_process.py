@@ -85,6 +85,21 @@ def test_everything_found_is_made(tmp_path: Path) -> None:
     assert again.returncode == 0 and "pretrain" not in again.stdout
 
 
+@pytest.mark.slow
+def test_token_stores_come_to_lie_beside_their_tables(tmp_path: Path) -> None:
+    data = tmp_path / "dataset"
+    write_lines(data / "raw" / "a.jsonl", [{"text": "天地"}, {"text": "玄黄"}])
+    write_lines(data / "sft_data_zh.jsonl", CHAT)
+    assert run("sft", cwd=tmp_path).returncode == 0
+    assert run("tokens", cwd=tmp_path).returncode == 0
+    result = run("tokens", "--input", "dataset/raw/a.jsonl", cwd=tmp_path)
+    assert "dataset/raw/a.tokens: 2 documents" in result.stdout
+    stores = sorted(path.parent.name for path in data.rglob("manifest.json"))
+    assert stores == ["a.tokens", "sft_data.tokens", "sft_data_single.tokens"]
+    nothing = run("tokens", "--data_dir", "gone", cwd=tmp_path)
+    assert nothing.returncode == 1 and "gone/pretrain_data.csv" in nothing.stderr
+
+
 def test_nothing_found_says_what_goes_where(tmp_path: Path) -> None:
     result = run(cwd=tmp_path)
     assert result.returncode == 1
@@ -114,9 +129,10 @@ def test_a_result_of_an_earlier_run_is_no_raw_file(tmp_path: Path) -> None:
         (["rl", "--input", "a.json", "--output", "b.csv"], "the rl table ends in .json"),
         (["rl", "--input", "a.json", "--output", "./a.json"], "is also an input"),
         (["pretrain", "--turns", "single"], "--turns is for sft"),
-        (["--workers", "0"], "--workers 0: expected 1 or more"),
-        (["--min_chars", "-1"], "--min_chars -1: expected 0 or more"),
+        (["--workers", "0"], "--workers: 0 is not above 0"),
+        (["--min_chars", "-1"], "--min_chars: -1 is below 0"),
         (["--min_chinese_ratio", "50"], "--min_chinese_ratio 50.0: expected 0 to 1"),
+        (["tokens", "--max_chars", "9"], "--max_chars is not for tokens"),
         (["dpo"], "invalid choice: 'dpo'"),
     ],
 )
@@ -440,7 +456,8 @@ def test_stopping_cleans_up(tmp_path: Path, number: int) -> None:
     process = start_slow(tmp_path)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and errors.startswith("stopped: ")
+    assert process.returncode == 130 and "sft: stopped, nothing written" in errors
+    assert "Traceback" not in errors
     wait_for_end(process.pid)
     assert os.listdir(tmp_path) == ["raw.jsonl"]
 
