@@ -14,7 +14,7 @@ from torch import Tensor
 from .LMConfig import MODELS, LMConfig, parse_rope_scaling
 from .model import MiniMindForCausalLM
 from .runtime import inference_dtype, pick_device
-from .states import atomic_write
+from .states import atomic_write, save_tensors
 from .tokenizer import DEFAULT_TOKENIZER, Tokenizer
 
 StateDict = dict[str, Tensor]
@@ -74,7 +74,7 @@ def save_weights(
     with atomic_write(sidecar(path)) as temporary:
         temporary.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", "utf-8")
     with atomic_write(path) as temporary:
-        torch.save(model.state_dict(), temporary)
+        save_tensors(model.state_dict(), temporary)
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -372,7 +372,8 @@ def start_model(args: argparse.Namespace, after: str | None) -> Loaded:
 def expected_config(args: argparse.Namespace) -> LMConfig:
     """Return a configuration of the width that the flags say, to name files by."""
     fields = stated_config(args)
-    return LMConfig(**{k: v for k, v in fields.items() if k in ("dim", "n_heads", "use_moe")})
+    named = {k: v for k, v in fields.items() if k in ("dim", "use_moe")}
+    return LMConfig(**named, n_heads=1, n_kv_heads=1)  # heads are not in names: any that fit
 
 
 def find_weights(args: argparse.Namespace, purpose: str) -> Path:

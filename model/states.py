@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     A crash or a full disk leaves the old file as it was and nothing half-written under its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):  # of a killed process
+        leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -30,6 +33,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(value: Any, path: Path) -> None:
+    """Write what ``torch.load`` reads, onto the disk.
+
+    Raises:
+        OSError: it could not be written in full.
+    """
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:  # what torch makes of a failed write
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written, the disk may be full ({reason})") from error
+    sync(path)
 
 
 def sync(path: Path) -> None:
@@ -61,7 +78,10 @@ class States:
         return sorted((int(m[1]) for m in found if m), reverse=True)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the state of ``step`` and remove all but the ``keep_last`` newest.
+        """Write the state of ``step``; remove all but the ``keep_last`` newest, and later ones.
+
+        A later one is damaged, or the run would have gone on from it: it must not push out a whole
+        one.
 
         Raises:
             OSError: the disk is full; older states stay.
@@ -72,10 +92,7 @@ class States:
         temporary = self.folder / f".step_{step}.{os.getpid()}.tmp"
         try:
             temporary.mkdir()
-            with open(temporary / STATE_FILE, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
+            save_tensors(state, temporary / STATE_FILE)
             manifest = {"step": step, **fingerprint(temporary / STATE_FILE)}
             (temporary / MANIFEST_FILE).write_text(json.dumps(manifest) + "\n", "utf-8")
             sync(temporary / MANIFEST_FILE)
@@ -85,12 +102,11 @@ class States:
                 shutil.rmtree(final)
             os.replace(temporary, final)
             sync(self.folder)
-        except RuntimeError as error:  # torch.save reports a failed write so
-            raise OSError(f"could not write {temporary / STATE_FILE}: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in self.steps()[self.keep_last :]:
-            shutil.rmtree(self.folder / f"step_{old}")
+        past = [found for found in self.steps() if found <= step]
+        for other in set(self.steps()) - set(past[: self.keep_last]):
+            shutil.rmtree(self.folder / f"step_{other}")
         return final
 
     def load_newest(self) -> dict[str, Any] | None:
@@ -101,14 +117,11 @@ class States:
             folder = self.folder / f"step_{step}"
             try:
                 manifest = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
-                found = fingerprint(folder / STATE_FILE)
-                if any(manifest.get(key) != value for key, value in found.items()):
-                    raise ValueError("its size or hash is not what its manifest says")
+                if manifest != {"step": step, **fingerprint(folder / STATE_FILE)}:
+                    raise ValueError("step, size or hash are not what its manifest says")
                 return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
             except (OSError, ValueError, RuntimeError) as error:
-                self.warn(
-                    f"warning: {folder} is damaged ({error}); falling back to the state before"
-                )
+                self.warn(f"{folder} is damaged ({error}); falling back to the state before")
         return None
 
 
