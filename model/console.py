@@ -48,10 +48,11 @@ class PlainLines:
 
     def show(self, record: dict[str, Any]) -> None:
         """Print a record, with the time that is left."""
-        done = record["step"] - self.first_step
-        left = (time.monotonic() - self.start) / done * (self.n_steps - record["step"])
-        head = f"[{record['step']:>{len(str(self.n_steps))}}/{self.n_steps}]"
-        self.log(f"{head} {line(record)}  left {clock(left)}")
+        text = f"[{record['step']:>{len(str(self.n_steps))}}/{self.n_steps}] {line(record)}"
+        if done := record["step"] - self.first_step:
+            left = (time.monotonic() - self.start) / done * (self.n_steps - record["step"])
+            text += f"  left {clock(left)}"
+        self.log(text)
         if "sample" in record:
             self.log(f"  sample: {record['sample']!r}")
 

@@ -46,8 +46,8 @@ class Batch:
 class LossSums:
     """A batch's loss as a sum over its units, so that parts of an update add up.
 
-    ``balance`` is the mean over tokens of an MoE's balance loss, ``metrics`` are further sums over
-    units that a stage wants logged as means.
+    ``balance`` is the mean over positions of an MoE's balance loss, ``metrics`` are further sums
+    over units that a stage wants logged as means.
     """
 
     loss: Tensor

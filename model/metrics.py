@@ -1,6 +1,10 @@
 """The record of a run: metrics.jsonl, config.json, curve.png."""
 
 import json
+import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +20,36 @@ class RunLog:
         self.folder = folder
         self.path = folder / "metrics.jsonl"
 
-    def start(self, settings: dict[str, Any], resume_step: int) -> None:
-        """Write the settings; keep only the lines up to the step that the run goes on from."""
+    def start(self, settings: dict[str, Any], is_kept: Callable[[dict[str, Any]], bool]) -> None:
+        """Write the settings; of the lines of an earlier start keep those that ``is_kept`` says."""
         with atomic_write(self.folder / "config.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        kept = [record for record in self.records() if record["step"] <= resume_step]
-        if not resume_step:
-            kept = []
         with atomic_write(self.path) as temporary:
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+            lines = (self._line(record) for record in self.records() if is_kept(record))
             temporary.write_text("".join(lines), "utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one object."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Append one object, whole or not at all.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(self._line(record))
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, size)
+            raise
+
+    @staticmethod
+    def _line(record: dict[str, Any]) -> str:
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()  # JSON knows no NaN
+        }
+        return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
 
     def records(self) -> list[dict[str, Any]]:
         """Return all whole lines; the last may have been cut by a kill."""

@@ -2,8 +2,11 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,6 +49,34 @@ class Runtime:
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Return each value summed over all ranks."""
         return values  # one rank
+
+
+class StopRequest:
+    """Is set by SIGINT or SIGTERM within its ``with`` block; a second signal ends at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal != 0
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self:
+            raise KeyboardInterrupt
+        self.signal = number
+        with contextlib.suppress(OSError):  # not print(): that may be what was interrupted
+            os.write(2, "\nstopping after this update …\n".encode())
 
 
 def pick_device(name: str) -> torch.device:

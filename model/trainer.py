@@ -4,12 +4,9 @@ import argparse
 import math
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +26,7 @@ from .optim import learning_rate_at, make_optimizer
 from .order import Sampler
 from .prefetch import prefetch
 from .report import human, model_cost, peak_flops, training_memory
-from .runtime import Runtime
+from .runtime import Runtime, StopRequest
 from .states import States, free_bytes
 from .tokenizer import Tokenizer
 
@@ -59,7 +56,8 @@ class Progress:
         tokens: inputs seen, padding not counted.
         elapsed_s: seconds in the loop over all starts.
         skipped: updates left out because loss or gradient was not finite.
-        loss, units: sums since the last log line.
+        loss, units, metrics: sums since the last log line.
+        validation_due: a stop came before this update's validation.
     """
 
     step: int = 0
@@ -71,6 +69,7 @@ class Progress:
     loss: float = 0.0
     units: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    validation_due: bool = False
 
 
 def run_name(args: argparse.Namespace, stage: str, model: MiniMindForCausalLM) -> str:
@@ -138,7 +137,7 @@ class Run:
         self.weights = weights_path(out, stage, model.config, args.run_name)
         self.held_out = data.held_out_batches()
         self.progress = Progress()
-        self.stop_signal = 0
+        self.stop = StopRequest()
 
         self.update_rows = args.batch_size * args.accumulation_steps * runtime.world_size
         if args.max_steps:
@@ -165,24 +164,21 @@ class Run:
         resumed = self.resume() if self.args.resume else False
         if not resumed:
             self.refuse_to_overwrite()
-        settings = {**vars(self.args), "config": self.model.config.to_diff_dict()}
-        settings |= {"command": sys.argv, "n_steps": self.n_steps, "n_samples": self.n_samples}
-        if self.runtime.is_main:
-            self.log.start(settings, self.progress.step)
-        if self.progress.step >= self.n_steps:
-            self.runtime.log(f"{self.name}: all {self.n_steps:,} updates are done already")
-            self.save_weights()
-            return 0
+        self.start_log(resumed)
+        was_done = self.progress.step == self.n_steps
         self.compile()
-        with self.stoppable():
+        with self.stop:
             self.loop()
+        if was_done:
+            self.runtime.log(f"{self.name}: all {self.n_steps:,} updates are done already")
+            self.save_results()  # a kill may have come between the last state and these
         self.runtime.log(f"weights: {self.weights}; record: {self.log.folder}")
-        if self.stop_signal:
+        if self.stop and (self.progress.step < self.n_steps or self.progress.validation_due):
             self.runtime.log(
                 f"stopped at update {self.progress.step:,} of {self.n_steps:,}; go on with: "
                 f"{resume_command()}"
             )
-            return 128 + self.stop_signal
+            return 128 + self.stop.signal
         return 0
 
     def loop(self) -> None:
@@ -191,6 +187,10 @@ class Run:
         bar = progress_display(self.runtime.log, progress.step, self.n_steps)
         started, before = time.monotonic(), progress.elapsed_s
         logged_at, logged_tokens = time.monotonic(), progress.tokens
+        self.validate(bar)
+        if self.stop:
+            bar.close()  # nothing is new since the last save
+            return
         updates = prefetch(self.updates(), depth=2)
         for batches in updates:
             lr = learning_rate_at(
@@ -205,15 +205,15 @@ class Run:
                 speed = (progress.tokens - logged_tokens) / (now - logged_at)
                 logged_at, logged_tokens = now, progress.tokens
                 self.log_training(lr, norm, speed, bar)
-            should_stop = bool(self.stop_signal) and not is_last
-            if progress.step % args.eval_interval == 0 or is_last:
-                self.validate(bar)
-                logged_at = time.monotonic()
-                progress.elapsed_s = before + logged_at - started
-            if progress.step % args.save_interval == 0 or is_last or should_stop:
-                self.save(must=is_last or should_stop)
-                logged_at = time.monotonic()
-            if should_stop:
+            paused_at = time.monotonic()
+            progress.validation_due = progress.step % args.eval_interval == 0 or is_last
+            self.validate(bar)
+            progress.elapsed_s = before + time.monotonic() - started
+            is_stopping = bool(self.stop)
+            if progress.step % args.save_interval == 0 or is_last or is_stopping:
+                self.save(must=is_last or is_stopping)
+            logged_at += time.monotonic() - paused_at  # speed is that of training alone
+            if is_stopping:
                 break
         updates.close()
         bar.close()
@@ -240,7 +240,8 @@ class Run:
         """
         runtime, progress = self.runtime, self.progress
         counts = [sum(b.n_units for b in batches), sum(b.n_tokens for b in batches)]
-        n_units, n_tokens = runtime.sum_over_ranks(counts)
+        counts.append(sum(b.inputs.numel() for b in batches))
+        n_units, n_tokens, n_positions = runtime.sum_over_ranks(counts)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), device=runtime.device)
@@ -251,7 +252,7 @@ class Run:
                 sums = self.loss_fn(self.compute, batch)
             loss = sums.loss / max(1, n_units)
             if sums.balance is not None:
-                loss = loss + sums.balance * (batch.n_tokens / max(1, n_tokens))
+                loss = loss + sums.balance * (batch.inputs.numel() / n_positions)
             # ranks average their gradients, so each gives its part times their number
             self.scaler.scale(loss * runtime.world_size).backward()
             loss_sum += sums.loss.detach()
@@ -296,14 +297,13 @@ class Run:
         record: dict[str, Any] = {"step": progress.step, "epoch": self.epoch()}
         record |= {"samples": progress.samples, "tokens": progress.tokens}
         record |= mean if progress.units else {"loss": None}
-        record |= {"lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
+        record |= {"lr": lr, "grad_norm": norm}
         record |= {"tokens_per_s": round(speed, 1)}
         if self.peak_flops:
             record["mfu"] = round(speed * self.cost.flops_per_token / self.peak_flops, 4)
         record |= {"skipped": progress.skipped, "elapsed_s": round(progress.elapsed_s, 3)}
         progress.loss, progress.units, progress.metrics = 0.0, 0, {}
-        if self.runtime.is_main:
-            self.log.write(record)
+        self.write(record)
         bar.show(record)
 
     def epoch(self) -> float:
@@ -311,19 +311,54 @@ class Run:
         return round(self.progress.samples / self.data.n_rows, 4)
 
     def validate(self, bar: Any) -> None:
-        """Measure on the held-out documents and write a line."""
+        """Where it is due, measure on the held-out documents and write a line.
+
+        A request to stop does not wait for it: the resumed run makes up for it.
+        """
+        progress = self.progress
+        if not progress.validation_due:
+            return
         with self.runtime.autocast():
-            result = evaluate(self.model, self.held_out, self.loss_fn, self.runtime.device)
+            result = evaluate(
+                self.model,
+                self.held_out,
+                self.loss_fn,
+                self.runtime.device,
+                should_stop=lambda: bool(self.stop),
+            )
+        if result is None:
+            return
+        progress.validation_due = False
         if not result:
             return
-        progress = self.progress
         record = {"step": progress.step, "epoch": self.epoch(), "tokens": progress.tokens}
         record |= result | {"elapsed_s": round(progress.elapsed_s, 3)}
-        if self.sample_prompt:
+        if self.sample_prompt and len(self.sample_prompt) < self.model.config.max_seq_len:
             record["sample"] = self.sample()
-        if self.runtime.is_main:
-            self.log.write(record)
+        self.write(record)
         bar.show(record)
+
+    def start_log(self, resumed: bool) -> None:
+        """Begin the record, or cut it back to where the run goes on."""
+        progress = self.progress
+
+        def is_kept(record: dict[str, Any]) -> bool:
+            is_due = progress.validation_due and "val_loss" in record
+            return resumed and record["step"] <= progress.step - is_due
+
+        settings = {**vars(self.args), "config": self.model.config.to_diff_dict()}
+        settings |= {"command": sys.argv, "n_steps": self.n_steps, "n_samples": self.n_samples}
+        if self.runtime.is_main:
+            self.log.start(settings, is_kept)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a line to the record; a full disk loses the line, not the run."""
+        if not self.runtime.is_main:
+            return
+        try:
+            self.log.write(record)
+        except OSError as error:
+            self.runtime.warn(f"a line is missing in {self.log.path} ({error})")
 
     def sample(self) -> str:
         """Return the likeliest continuation of the sample prompt."""
@@ -342,7 +377,8 @@ class Run:
         memory = training_memory(model, tokens_per_batch, runtime.dtype.itemsize)
         n_trained = sum(p.numel() for p in self.parameters)
         state_bytes = 4 * self.cost.n_params + 8 * n_trained
-        needed = (args.keep_last + 1) * state_bytes + 2 * 4 * self.cost.n_params
+        n_new = max(1, args.keep_last + 1 - len(self.states.steps()))  # the old go after the new
+        needed = n_new * state_bytes + 2 * 4 * self.cost.n_params
         free = free_bytes(Path(args.out_dir))
         if not args.dry_run:
             self.peak_flops, source = peak_flops(runtime.device, runtime.dtype)
@@ -392,7 +428,7 @@ class Run:
         """Return what a resumed run must share with the one that saved."""
         names = "learning_rate optimizer weight_decay grad_clip schedule seed recipe dtype".split()
         chosen = {name: getattr(self.args, name) for name in names}
-        chosen |= {"rows an update": self.update_rows, "updates": self.n_steps}
+        chosen |= {"rows an update": self.update_rows, "rows in all": self.n_samples}
         chosen |= {"warmup_iters": self.warmup, **self.data.fingerprint}
         ignored = {"transformers_version", "dtype", "_name_or_path"}
         config = self.model.config.to_diff_dict().items()
@@ -405,6 +441,8 @@ class Run:
         random = {"cpu": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        elif self.runtime.device.type == "mps":
+            random["mps"] = torch.mps.get_rng_state()
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -415,8 +453,7 @@ class Run:
         }
         try:
             self.states.save(self.progress.step, state)
-            self.save_weights()
-            self.log.draw()
+            self.save_results()
         except OSError as error:
             if must:
                 raise
@@ -425,8 +462,8 @@ class Run:
                 "goes on and tries again at the next save"
             )
 
-    def save_weights(self) -> None:
-        """Write the weights under v1's name."""
+    def save_results(self) -> None:
+        """Write the weights under v1's name, and the curve."""
         save_weights(
             self.model,
             self.weights,
@@ -435,6 +472,8 @@ class Run:
             step=self.progress.step,
             tokens=self.progress.tokens,
         )
+        if not self.log.draw() and self.progress.step == self.n_steps:
+            self.runtime.log("no curve.png is drawn: pip install matplotlib")
 
     def refuse_to_overwrite(self) -> None:
         """Start anew only where no unfinished run would be lost."""
@@ -456,6 +495,11 @@ class Run:
         """
         state = self.states.load_newest()
         if state is None:
+            if self.states.steps():
+                raise ValueError(
+                    f"no state in {self.states.folder} is whole: start anew with --overwrite in "
+                    "place of --resume"
+                )
             self.runtime.log(f"nothing to resume in {self.states.folder}: starting anew")
             return False
         was, now = state["identity"], self.identity()
@@ -471,36 +515,42 @@ class Run:
             )
         for difference in changed:
             self.runtime.warn(f"resuming with a change: {difference}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.runtime.device.type == "cuda" and "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.runtime.device)
-        self.progress = Progress(**state["progress"])
+        self.restore(state)
         self.runtime.log(f"going on from update {self.progress.step:,} of {self.n_steps:,}")
         return True
 
-    @contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM finish the update and save; a second one ends at once."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put everything back to where ``state`` was saved.
 
-        def ask(number: int, frame: Any) -> None:
-            if self.stop_signal:
-                raise KeyboardInterrupt
-            self.stop_signal = number
-            print("\nstopping after this update …", file=sys.stderr, flush=True)
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, ask) for number in numbers}
+        Raises:
+            ValueError: it is of a model of another shape.
+        """
+        settings = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
         try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the states in {self.states.folder} are of a model of another shape: give the "
+                "flags it was started with, or name another --run_name"
+            ) from error
+        for group, chosen in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(chosen)  # of this start: they may be the change that was accepted
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        random, device = state["random"], self.runtime.device
+        torch.set_rng_state(random["cpu"])
+        if device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], device)
+        elif device.type == "mps" and "mps" in random:
+            torch.mps.set_rng_state(random["mps"])
+        self.progress = Progress(**state["progress"])
+        # counted from here: the updates may have had another size before
+        left = max(0, self.n_samples - self.progress.samples)
+        self.n_steps = self.progress.step + math.ceil(left / self.update_rows)
 
 
 def resume_command() -> str:
