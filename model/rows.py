@@ -105,7 +105,7 @@ class FormatCheck:
         """Raise if there were records, and none of use."""
         if self._tally.read and not self._tally.usable:
             reasons = "; ".join(
-                f"{reason}: {cases}" for reason, cases in self._tally.skipped.items()
+                f"{reason}: {cases.first}" for reason, cases in self._tally.skipped.items()
             )
             raise ValueError(
                 f"{self.path}: none of the first {self._tally.read:,} records can be used: "

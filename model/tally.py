@@ -37,6 +37,12 @@ class Cases:
     count: int = 0
     examples: list[tuple[Place, str]] = field(default_factory=list)
 
+    @property
+    def first(self) -> str:
+        """The first place."""
+        place, detail = self.examples[0]
+        return f"{place} ({detail})" if detail else str(place)
+
     def __str__(self) -> str:
         places = []
         path = ""

@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -375,6 +374,7 @@ def test_workers_change_nothing_in_tables_and_arrays(tmp_path: Path, stage: str)
 
 
 def test_a_full_disk_is_one_clear_message(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
     write_lines(tmp_path / "a.jsonl", [{"text": "x" * 1000}] * 100)
     (tmp_path / "out.csv").write_text("the table before")
 
