@@ -1,0 +1,90 @@
+"""The record of a run: whole lines, valid JSON, cut back on resume, drawn."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_runs import full_disk
+
+from model.metrics import RunLog
+
+
+def lines(log: RunLog) -> list[str]:
+    return log.path.read_text("utf-8").split("\n")[:-1]  # U+2028 ends no line
+
+
+def make_log(folder: Path, steps: tuple[int, ...] = ()) -> RunLog:
+    log = RunLog(folder / "logs" / "pretrain_64")
+    log.start({"epochs": 1.0, "data_path": "数据.csv"}, lambda record: True)
+    for step in steps:
+        log.write({"step": step, "loss": step / 10, "tokens": 100 * step, "sample": "长江\u2028"})
+    return log
+
+
+def test_a_record_is_one_line_of_json_at_once(tmp_path: Path) -> None:
+    log = make_log(tmp_path, (1, 2))
+    found = [json.loads(line) for line in lines(log)]
+    assert [record["step"] for record in found] == [1, 2] and found == log.records()
+    assert found[0]["sample"] == "长江\u2028" and "长江" in log.path.read_text("utf-8")
+    assert json.loads((log.folder / "config.json").read_text("utf-8"))["data_path"] == "数据.csv"
+
+
+def test_a_start_keeps_only_what_it_is_told_to(tmp_path: Path) -> None:
+    make_log(tmp_path, (5, 10, 15))
+    log = RunLog(tmp_path / "logs" / "pretrain_64")
+    log.start({}, lambda record: record["step"] <= 10)
+    log.write({"step": 11})
+    assert [record["step"] for record in log.records()] == [5, 10, 11]
+    log.start({}, lambda record: False)
+    assert lines(log) == []
+
+
+@pytest.mark.parametrize("torn", ('{"step": 3, "lo', "\0\0\0\0", "[3]", '{"step": "3"}', "\udcff"))
+def test_a_line_torn_by_a_kill_is_left_out(tmp_path: Path, torn: str) -> None:
+    log = make_log(tmp_path, (1, 2))
+    with open(log.path, "a", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(torn)
+    assert [record["step"] for record in log.records()] == [1, 2]
+    log.start({}, lambda record: True)
+    log.write({"step": 3})
+    assert [json.loads(line)["step"] for line in lines(log)] == [1, 2, 3]
+
+
+def test_no_nan_gets_into_the_json(tmp_path: Path) -> None:
+    log = make_log(tmp_path)
+    log.write({"step": 1, "val_loss": float("nan"), "grad_norm": float("inf"), "lr": 1e-3})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    found = json.loads(lines(log)[0], parse_constant=refuse)
+    assert found == {"step": 1, "val_loss": None, "grad_norm": None, "lr": 1e-3}
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    log = make_log(tmp_path, (1,))
+    room = log.path.stat().st_size + 10
+    with full_disk(room), pytest.raises(OSError):
+        log.write({"step": 2, "sample": "long" * 100})
+    log.write({"step": 3})
+    assert [json.loads(line)["step"] for line in lines(log)] == [1, 3]
+
+
+def test_the_curve_shows_training_and_validation(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    def has_orange() -> bool:  # the second colour of the cycle, (255, 127, 14)
+        r, g, b = (imread(log.draw())[..., i] for i in range(3))
+        return bool(((r > 0.95) & (abs(g - 0.5) < 0.05) & (b < 0.1)).any())
+
+    log = make_log(tmp_path, (1, 2, 3))
+    assert not has_orange()
+    log.write({"step": 3, "tokens": 300, "val_loss": 4.0})
+    log.write({"step": 4, "tokens": 400, "loss": None})
+    assert has_orange()
+    names = sorted(path.name for path in log.folder.iterdir())
+    assert names == ["config.json", "curve.png", "metrics.jsonl"]
+
+
+def test_a_curve_of_nothing_is_drawn_too(tmp_path: Path) -> None:
+    assert make_log(tmp_path).draw().read_bytes()[:4] == b"\x89PNG"
