@@ -39,8 +39,8 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not value > 0 or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0 or not finite")
         return value
 
     parse.__name__ = f"positive {kind.__name__}"
@@ -52,7 +52,7 @@ def non_negative(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not value >= 0 or value == float("inf"):
+        if not 0 <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is below 0 or not finite")
         return value
 
@@ -227,6 +227,6 @@ def run_main(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("MINIMIND_TRACEBACK"):
             raise
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
         code = 1
     sys.exit(code)

@@ -196,7 +196,13 @@ class Run:
             lr = learning_rate_at(
                 progress.step, self.n_steps, args.learning_rate, args.schedule, self.warmup
             )
-            norm = self.update(batches, lr)
+            try:
+                norm = self.update(batches, lr)
+            except torch.OutOfMemoryError as error:
+                raise MemoryError(
+                    f"the memory of {self.runtime.device} is full: lower --batch_size and raise "
+                    "--accumulation_steps by as much, which trains the same"
+                ) from error
             progress.elapsed_s = before + time.monotonic() - started
             is_last = progress.step == self.n_steps
             bar.update()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 from tiny_runs import full_disk
 
 from model.metrics import RunLog
@@ -71,8 +72,6 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
 
 
 def test_the_curve_shows_training_and_validation(tmp_path: Path) -> None:
-    from matplotlib.image import imread
-
     def has_orange() -> bool:  # the second colour of the cycle, (255, 127, 14)
         r, g, b = (imread(log.draw())[..., i] for i in range(3))
         return bool(((r > 0.95) & (abs(g - 0.5) < 0.05) & (b < 0.1)).any())
