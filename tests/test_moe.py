@@ -59,16 +59,15 @@ def test_the_block_is_the_loop_over_tokens(
     ).train(training)
     if n_shared:
         assert moe.shared_experts.w1.weight.shape == (n_shared * 192, 64)
-    x = stream()
+    x = stream().requires_grad_()
     expected = token_by_token(moe, x, normalise)
     y, _ = moe(x, None)
     torch.testing.assert_close(y, expected, **CLOSE)
     target = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-    expected_gradients = torch.autograd.grad((expected * target).sum(), list(moe.parameters()))
-    gradients = torch.autograd.grad((y * target).sum(), list(moe.parameters()))
-    torch.testing.assert_close(
-        gradients, expected_gradients, rtol=1e-4, atol=1e-4
-    )  # 30 tokens' sums
+    got, wanted = (
+        torch.autograd.grad((out * target).sum(), [x, *moe.parameters()]) for out in (y, expected)
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)  # sums over all tokens
 
 
 def test_equal_experts_are_one_network(build: Build) -> None:
