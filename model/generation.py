@@ -401,6 +401,8 @@ class Answer:
             if piece:
                 yield piece
         rest = self._stream.finish()
+        if self._stream.stopped:
+            self.finish_reason = "stop"
         self.text += rest
         if rest:
             yield rest
