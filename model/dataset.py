@@ -314,12 +314,17 @@ class TrainingData:
     def describe(self) -> str:
         """Return the data's size in a line for people."""
         manifest = self.store.manifest
-        learnt = f", {manifest['trained_tokens']:,} of them trained" if self.is_chat else ""
+        if self.is_chat:  # fitted to a row when they were tokenised, so never cut
+            what, detail = "conversations", f"{manifest['trained_tokens']:,} of them trained"
+        else:
+            left_out = len(self.held_out[1]) if self.held_out[0] is self.store else 0
+            n_cuts = self.plan.n_pieces - (manifest["documents"] - left_out)
+            what, detail = "documents", f"{n_cuts:,} cuts where one is longer than a row"
         return (
-            f"{manifest['documents']:,} {'conversations' if self.is_chat else 'documents'}, "
-            f"{manifest['tokens']:,} tokens{learnt}; {self.n_rows:,} rows of "
-            f"{self.plan.row_tokens - 1} positions, {100 * self.plan.utilisation:.2f} % of them in "
-            f"use; held out: {len(self.held_out[1]):,}"
+            f"{manifest['documents']:,} {what}, {manifest['tokens']:,} tokens, {detail}; "
+            f"{self.n_rows:,} rows of {self.plan.row_tokens - 1} positions, "
+            f"{100 * self.plan.utilisation:.2f} % of them in use; held out: "
+            f"{len(self.held_out[1]):,}"
         )
 
     def show(self, n: int, seed: int) -> str:
