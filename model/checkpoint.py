@@ -146,33 +146,32 @@ def config_of_shapes(state: StateDict, stated: dict[str, Any], path: Path) -> di
     Raises:
         ValueError: the names are not v1's.
     """
+    n_heads = stated.get("n_heads", LMConfig().n_heads)
     try:
         vocab_size, dim = state["tok_embeddings.weight"].shape
         kv_dim = state["layers.0.attention.wk.weight"].shape[0]
+        gate = state.get("layers.0.feed_forward.gate.weight")
+        first = "w1" if gate is None else "experts.0.w1"
+        hidden_dim = state[f"layers.0.feed_forward.{first}.weight"].shape[0]
     except KeyError as error:
         raise ValueError(
             f"{path} has no parameter {error}: it is not a MiniMind v1 model "
             f"(found: {', '.join(list(state)[:3])}, …)"
         ) from error
     layers = {int(m[1]) for name in state if (m := re.match(r"layers\.(\d+)\.", name))}
-    n_heads = stated.get("n_heads", LMConfig().n_heads)
-    head_dim = max(1, dim // n_heads)
     found = {
         "vocab_size": vocab_size,
         "dim": dim,
         "n_layers": len(layers),
         "n_heads": n_heads,
-        "n_kv_heads": max(1, kv_dim // head_dim),
+        "n_kv_heads": max(1, kv_dim // max(1, dim // n_heads)),
+        "hidden_dim": hidden_dim,
+        "use_moe": gate is not None,
     }
-    gate = state.get("layers.0.feed_forward.gate.weight")
-    found["use_moe"] = gate is not None
-    if gate is None:
-        found["hidden_dim"] = state["layers.0.feed_forward.w1.weight"].shape[0]
-    else:
-        found["hidden_dim"] = state["layers.0.feed_forward.experts.0.w1.weight"].shape[0]
-        found["n_routed_experts"] = gate.shape[0]
+    if gate is not None:
         shared = state.get("layers.0.feed_forward.shared_experts.w1.weight")
-        found["n_shared_experts"] = 0 if shared is None else shared.shape[0] // found["hidden_dim"]
+        found["n_routed_experts"] = gate.shape[0]
+        found["n_shared_experts"] = 0 if shared is None else shared.shape[0] // hidden_dim
     return found
 
 
