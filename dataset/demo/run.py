@@ -1,0 +1,103 @@
+"""The main job in small, on a CPU, in minutes: python dataset/demo/run.py  (or: make demo)
+
+Demo corpus -> tables -> tokens -> pretraining -> fine-tuning -> quiz -> a chat. Every stage is a
+command of the project, printed before it runs, so that each can be run again by hand. Weights go
+to out/demo/. Stopped and started again, it goes on where it was; done, it only asks the quiz.
+"""
+
+import argparse
+import hashlib
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from model.flags import run_main, weights_flags  # noqa: E402  the project's root is known by now
+
+DEMO = Path("dataset/demo")
+OUT = Path("out/demo")
+DATA = OUT / "data"
+SIZE = "--dim 256 --n_layers 4 --n_heads 8 --n_kv_heads 4 --max_seq_len 128"
+COMMON = f"--out_dir {OUT} --batch_size 8 --eval_interval 250 --save_interval 250 --log_interval 50"
+SFT_FILES = f"{DEMO}/sft_single.jsonl {DEMO}/sft_multi.jsonl"
+STAGES = (
+    f"data_process.py pretrain --input {DEMO}/pretrain.jsonl --output {DATA}/pretrain_data.csv",
+    f"data_process.py sft --input {SFT_FILES} --output {DATA}/sft_data.csv",
+    f"1-pretrain.py --data_path {DATA}/pretrain_data.csv {SIZE} {COMMON} --epochs 4 --resume",
+    f"3-full_sft.py --data_path {DATA}/sft_data.csv --init_from {OUT}/pretrain_256.pth {COMMON} "
+    "--epochs 6 --learning_rate 2e-3 --resume",
+)
+WEIGHTS = OUT / "multi_chat/full_sft_256.pth"
+CHAT = ("你好", "你是谁？", "法国的首都是哪里？", "那日本呢？", "谢谢")
+MAX_ANSWER_TOKENS = 64
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(argv)
+    start = time.monotonic()
+    forget_other_settings()
+    for command in STAGES:
+        print(f"\n$ python {command}", flush=True)
+        code = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode
+        if code:
+            print(f"the demo stopped: `python {command}` ended with code {code}", file=sys.stderr)
+            return code
+    code = show_results()
+    print(f"\nall in {time.monotonic() - start:.0f} s")
+    print("chat with it:  python 2-eval.py --interactive   (in .venv/bin, if make installed it)")
+    return code
+
+
+def forget_other_settings() -> None:
+    """Remove the results of other stages or another corpus: no old weights under new settings."""
+    digest = hashlib.sha256(repr(STAGES).encode())
+    for path in sorted((ROOT / DEMO).glob("*.jsonl")):
+        digest.update(path.read_bytes())
+    stamp = ROOT / OUT / "made_from"
+    if not stamp.is_file() or stamp.read_text() != digest.hexdigest():
+        shutil.rmtree(ROOT / OUT, ignore_errors=True)
+        stamp.parent.mkdir(parents=True)
+        stamp.write_text(digest.hexdigest())
+
+
+def show_results() -> int:
+    """Ask the quiz and hold a short chat with the weights just made."""
+    from model.checkpoint import load_for_inference
+    from model.generation import SamplingOptions, generate, stream_text
+    from model.quiz import Message, load_quiz, run_quiz
+
+    parser = argparse.ArgumentParser()
+    weights_flags(parser)
+    loaded = load_for_inference(parser.parse_args(["--weights", str(ROOT / WEIGHTS)]))
+    options = SamplingOptions(temperature=0, max_new_tokens=MAX_ANSWER_TOKENS)
+
+    def answer(messages: list[Message]) -> str:
+        prompt = loaded.tokenizer.encode_chat(messages, add_generation_prompt=True)
+        return "".join(stream_text(loaded.tokenizer, generate(loaded.model, prompt, options)))
+
+    result = run_quiz(load_quiz(ROOT / DEMO / "quiz.jsonl"), answer)
+    print(f"\na chat with {WEIGHTS}")
+    messages: list[Message] = []
+    for question in CHAT:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer(messages)})
+        print(f"  问：{question}\n  答：{messages[-1]['content']}")
+    print("\nthe quiz: questions that were kept out of training, right / asked")
+    for relation, (n_right, n_asked) in sorted(result.by_relation.items()):
+        print(f"  {relation:<20} {n_right:>3}/{n_asked}")
+    for item, said in result.wrong[:5]:
+        print(f"  wrong: {item['question']} -> {said!r}, expected {item['accept'][0]}")
+    print(result)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
