@@ -111,7 +111,7 @@ def subject_paragraphs() -> list[str]:
 def sft_row(
     question: str, answer: str, history: Sequence[Sequence[str]] = (), system: str = ""
 ) -> Row:
-    """Return a raw row in the form of DESIGN's ``sft_data_zh.jsonl``."""
+    """Return a raw row in the form of ``sft_data_zh.jsonl``."""
     return {
         "instruction": system,
         "input": question,
