@@ -86,7 +86,9 @@ def sft_store(path: Path, tokenizer: Tokenizer, *, max_tokens: int, log: Log = p
         while batch := list(islice(conversations, CONVERSATIONS_A_BATCH)):
             encoded = _encode_conversations(batch, tokenizer, max_tokens, counts)
             yield encoded
-            progress.add(len(batch), int(encoded.text_bytes.sum()))
+            progress.add(
+                len(batch), sum(len(m["content"].encode()) for messages in batch for m in messages)
+            )
         progress.close()
         log(tally.report())
         for reason, count in counts.most_common():
