@@ -193,6 +193,7 @@ def open_plan(
 
     Raises:
         ValueError: ``row_tokens`` out of range, or a document longer than a row with ``cut=False``.
+        OSError: the plan cannot be written.
     """
     if not 2 <= row_tokens <= MAX_ROW_TOKENS:
         raise ValueError(
@@ -249,6 +250,11 @@ def _write_plan(
             pieces_file.flush()
             os.fsync(pieces_file.fileno())
         os.replace(pieces_path, path)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path} ({error.strerror}), about 10 bytes a document: "
+            "free some space, or make the folder writable"
+        ) from error
     finally:
         pieces_path.unlink(missing_ok=True)
         rows_path.unlink(missing_ok=True)

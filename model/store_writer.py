@@ -9,9 +9,9 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -117,7 +117,7 @@ def _write_store(
             _sync(building)
     except BaseException:
         if writer is not None:
-            writer.close()
+            writer.abandon()
         shutil.rmtree(building, ignore_errors=True)
         raise
     _replace_folder(building, folder)
@@ -220,7 +220,8 @@ class _Writer:
 
     def finish(self) -> dict[str, Any]:
         """Close and sync the files; return what the manifest says of them."""
-        self.close()
+        for file in self._open_files():
+            file.close()
         for path in self.folder.iterdir():
             _sync(path)
         return {
@@ -235,10 +236,15 @@ class _Writer:
             "held_out": _choose_held_out(*np.concatenate(self.candidates, axis=1)),
         }
 
-    def close(self) -> None:
-        for file in (self.offsets, self.tokens.file, self.masks.file):
-            if file is not None:
+    def abandon(self) -> None:
+        """Close the files, whatever becomes of their contents."""
+        for file in self._open_files():
+            with suppress(OSError):  # closing writes what is buffered: the disk may still be full
                 file.close()
+
+    def _open_files(self) -> list[BinaryIO]:
+        files = (self.offsets, self.tokens.file, self.masks.file)
+        return [file for file in files if file is not None]
 
 
 def _hash_ids(ids: np.ndarray, stops: np.ndarray) -> np.ndarray:
@@ -281,11 +287,12 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        # EFBIG: the disk's format or the user's limit allows no file of this size
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OSError(
-            f"the disk is full: {folder} could not be completed; "
-            "free some space and start again (what was written of it is removed)"
+            f"{folder} does not fit on the disk ({error.strerror}): "
+            "free some space and start again; what was written of it is removed"
         ) from error
 
 

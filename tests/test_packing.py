@@ -206,6 +206,13 @@ def test_plan_is_kept_and_damage_is_seen(tmp_path: Path) -> None:
     assert open_plan(store, 34).path != plan.path
 
 
+def test_a_plan_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    store = make_store(tmp_path, random_documents(1, 20, 50))
+    store.folder.rename(tmp_path / "gone")
+    with pytest.raises(OSError, match="cannot write .*plan-33.* make the folder writable"):
+        open_plan(store, 33)
+
+
 def test_a_plan_of_other_lengths_is_not_taken(tmp_path: Path) -> None:
     one = make_store(tmp_path / "1", random_documents(1, 200, 50))
     other = make_store(tmp_path / "2", random_documents(2, 200, 50))
