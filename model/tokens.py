@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 FORMAT_VERSION = 1
+MANIFEST_KEYS = {"format", "documents", "tokens", "shards", "has_mask", "lengths_hash", "held_out"}
 MAX_VOCAB_SIZE = 2**16  # ids are uint16
 
 
@@ -147,6 +148,23 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     os.replace(temporary, folder / "manifest.json")
 
 
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise StaleStore(f"{folder} does not exist or has no manifest.json") from None
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or not MANIFEST_KEYS <= manifest.keys():
+        raise StaleStore(f"{path} is not the manifest of a token store")
+    if manifest["format"] != FORMAT_VERSION:
+        raise StaleStore(
+            f"{folder} has format {manifest['format']!r}, this version reads {FORMAT_VERSION}"
+        )
+    return manifest
+
+
 class PieceFile:
     """A file of numbers, read in small pieces from any place.
 
@@ -236,24 +254,11 @@ class TokenStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        path = self.folder / "manifest.json"
-        try:
-            self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if self.manifest["format"] != FORMAT_VERSION:
-                raise StaleStore(
-                    f"{self.folder} has format {self.manifest['format']!r}, "
-                    f"this version reads {FORMAT_VERSION}"
-                )
-            self.n_documents: int = self.manifest["documents"]
-            self.n_tokens: int = self.manifest["tokens"]
-            self.has_mask: bool = self.manifest["has_mask"]
-            shards: list[int] = self.manifest["shards"]
-        except StaleStore:
-            raise
-        except (FileNotFoundError, NotADirectoryError):
-            raise StaleStore(f"{self.folder} does not exist or has no manifest.json") from None
-        except (ValueError, KeyError, TypeError):
-            raise StaleStore(f"{path} is not the manifest of a token store") from None
+        self.manifest = _read_manifest(self.folder)
+        self.n_documents: int = self.manifest["documents"]
+        self.n_tokens: int = self.manifest["tokens"]
+        self.has_mask: bool = self.manifest["has_mask"]
+        shards: list[int] = self.manifest["shards"]
         self._first = np.cumsum([0, *shards])[:-1]  # position of each shard's first token
         self._offsets = PieceFile(self.folder / "offsets.bin", "<u8", self.n_documents + 1)
         self._tokens = [
