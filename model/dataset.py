@@ -269,7 +269,8 @@ class TrainingData:
             n_units=int(learnt.sum()),
             n_tokens=int((segments[:, :-1] >= 0).sum()),
         )
-        if self.is_chat and segments.max() > 0:
+        # a matter of the plan, not of these rows: the split into batches must change nothing
+        if self.is_chat and self.plan.n_pieces > self.plan.n_rows:
             batch.attention_mask, batch.position_ids = separate(torch.from_numpy(segments[:, :-1]))
         return batch
 
