@@ -71,6 +71,7 @@ class States:
         self.folder = folder
         self.keep_last = keep_last
         self.warn = warn
+        self._damaged: set[int] = set()  # steps, as far as they have been looked at
 
     def steps(self) -> list[int]:
         """Return the steps with a state, newest first."""
@@ -78,10 +79,10 @@ class States:
         return sorted((int(m[1]) for m in found if m), reverse=True)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the state of ``step``; remove all but the ``keep_last`` newest, and later ones.
+        """Write the state of ``step``; of those up to it only the ``keep_last`` newest stay.
 
-        A later one is damaged, or the run would have gone on from it: it must not push out a whole
-        one.
+        Later and damaged ones go: a run does not go on from them, and they must not push out whole
+        ones.
 
         Raises:
             OSError: the disk is full; older states stay.
@@ -104,7 +105,8 @@ class States:
             sync(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        past = [found for found in self.steps() if found <= step]
+        self._damaged.discard(step)
+        past = [found for found in self.steps() if found <= step and found not in self._damaged]
         for other in set(self.steps()) - set(past[: self.keep_last]):
             shutil.rmtree(self.folder / f"step_{other}")
         return final
@@ -121,6 +123,7 @@ class States:
                     raise ValueError("step, size or hash are not what its manifest says")
                 return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
             except (OSError, ValueError, RuntimeError) as error:
+                self._damaged.add(step)
                 self.warn(f"{folder} is damaged ({error}); falling back to the state before")
         return None
 

@@ -110,6 +110,16 @@ def test_a_damaged_later_state_does_not_push_out_a_whole_one(tmp_path: Path) -> 
     assert states.steps() == [11] and step_of(states) == 11
 
 
+def test_damaged_states_do_not_count_among_those_that_stay(tmp_path: Path) -> None:
+    states, _ = make_states(tmp_path, keep_last=2)
+    for step in (4, 5):
+        states.save(step, state(step))
+    flip_a_bit(states.folder / "step_5")
+    assert step_of(states) == 4
+    states.save(6, state(6))
+    assert states.steps() == [6, 4]
+
+
 def test_a_state_is_saved_over_a_damaged_one_of_its_step(tmp_path: Path) -> None:
     states, _ = make_states(tmp_path)
     states.save(4, state(4))

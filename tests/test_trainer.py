@@ -70,7 +70,11 @@ def parts_of_run(corpus: Path, out: Path, flags: str = "", stage: str = "pretrai
     runtime = setup(args.device, args.dtype, args.seed)
     start = start_model(args, after=None)
     data = make(
-        Path(args.data_path), start.tokenizer, start.model.config.max_seq_len, recipe=args.recipe
+        Path(args.data_path),
+        start.tokenizer,
+        start.model.config.max_seq_len,
+        val_path=args.val_data_path and Path(args.val_data_path),
+        recipe=args.recipe,
     )
     return start.model, start.tokenizer, Recorder(data), args, runtime
 
@@ -83,7 +87,10 @@ def make_run(corpus: Path, out: Path, flags: str = "", stage: str = "pretrain", 
 
 
 def run_with(corpus: Path, out: Path, loss_fn: Callable, flags: str = "") -> int:
-    return train(*parts_of_run(corpus, out, flags), stage="pretrain", loss_fn=loss_fn)
+    """Run as ``1-pretrain.py`` does, but for the loss."""
+    model, tokenizer, *parts = parts_of_run(corpus, out, flags)
+    prompt = tokenizer.encode_document(script("1-pretrain.py").SAMPLE_TEXT)[:-1]
+    return train(model, tokenizer, *parts, stage="pretrain", loss_fn=loss_fn, sample_prompt=prompt)
 
 
 def gradients(run: Run) -> list[dict[str, Tensor]]:
