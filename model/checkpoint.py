@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,11 @@ def read_state_dict(path: Path) -> StateDict:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not a readable weights file: it is damaged, or holds more than tensors, "
+            "which could be code and is never loaded; save the model's state_dict()"
+        ) from error
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

@@ -98,6 +98,8 @@ def sft_store(path: Path, tokenizer: Tokenizer, *, max_tokens: int, log: Log = p
 
 
 def _folder(path: Path, variant: str = "") -> Path:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file with --data_path")
     if not path.exists() and not store_folder(path).exists():
         raise FileNotFoundError(
             f"{path} does not exist: put the raw files into {path.parent}/ and run "

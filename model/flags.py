@@ -60,6 +60,14 @@ def non_negative(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
+def seed(text: str) -> int:
+    """Parse what PyTorch takes for a seed."""
+    value = int(text)
+    if not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"{text} does not fit 64 bits")
+    return value
+
+
 def boolean(text: str) -> bool:
     """Parse ``true`` or ``false``, as v1's launch commands spell them."""
     if text.lower() in ("true", "1", "yes"):
@@ -175,7 +183,7 @@ def training_parser(
         choices=("linear", "cosine", "constant"),
         help=shown("schedule", "linear: constant, then down to 0 over the last 60 %%"),
     )
-    add("--seed", type=int, default=1337)
+    add("--seed", type=seed, default=1337)
     machine = parser.add_argument_group("machine")
     device_flags(machine)
     add_switch(machine, "--compile", "torch.compile the model; needs a C++ compiler on CPU")

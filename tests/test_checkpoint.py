@@ -285,7 +285,9 @@ def test_a_truncated_file_is_told(saved: Path, flags: Flags) -> None:
     content = saved.read_bytes()
     for damaged in (content[: len(content) // 2], content[:100], b"", b"<html>not found</html>"):
         saved.write_bytes(damaged)
-        with pytest.raises(ValueError, match="a.pth is not a readable weights file.*truncated"):
+        with pytest.raises(
+            ValueError, match="a.pth is not a readable weights file.*(truncated|damaged)"
+        ):
             load_model(saved, flags())
 
 
@@ -295,10 +297,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, flags: Flags)
             return ((tmp_path / "evil").touch, ())
 
     torch.save({"tok_embeddings.weight": Evil()}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="a.pth is not a readable weights file") as caught:
+    with pytest.raises(ValueError, match="a.pth is not a readable weights file.*never loaded"):
         load_model(tmp_path / "a.pth", flags())
     assert not (tmp_path / "evil").exists()
-    assert "\n" not in str(caught.value)
     torch.save(MiniMindForCausalLM(LMConfig(dim=32, n_layers=1)), tmp_path / "b.pth")
     with pytest.raises(ValueError, match="b.pth is not a readable weights file"):
         load_model(tmp_path / "b.pth", flags())  # a whole model: its class would be imported

@@ -109,7 +109,8 @@ def test_chat_goes_by_the_tables_name(path: str, chat: str) -> None:
         ("--recipe v2", "--recipe: invalid choice: 'v2'"),
         ("--model gpt2", "--model: invalid choice: 'gpt2'"),
         ("--use_moe maybe", "'maybe' is neither true nor false"),
-        ("--seed x", "--seed: invalid"),
+        ("--seed x", "--seed: invalid seed value: 'x'"),
+        ("--seed 18446744073709551616", "18446744073709551616 does not fit 64 bits"),
         ("--learning-rate 1", "unrecognized arguments: --learning-rate"),
     ),
 )

@@ -140,7 +140,7 @@ ONE_MESSAGE = {
     "no data": ("1-pretrain.py", "--data_path no.csv", "no.csv does not exist"),
     "default data": ("1-pretrain.py", "", "dataset/pretrain_data.csv does not exist: put the raw"),
     "other data": ("1-pretrain.py", "--data_path {}/sft_data.csv", 'no "text"'),
-    "not a table": ("1-pretrain.py", "--data_path {}", "user"),
+    "not a table": ("1-pretrain.py", "--data_path {}", "is a folder: name a file"),
     "no tokenizer": ("1-pretrain.py", "--tokenizer no", "no/tokenizer.json does not exist"),
     "no device": ("1-pretrain.py", "--device cuda:77", "--device cuda:77 is not on this machine"),
     "no such device": ("1-pretrain.py", "--device gpu", "--device gpu is unknown: use auto, cpu"),
