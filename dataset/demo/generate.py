@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +18,12 @@ import chat
 from phrasings import RELATIONS, Fact, Relation
 
 Row = dict[str, Any]
+Step = tuple[Relation, Fact]  # what one turn of a chat asks about
 T = TypeVar("T")
 
 PHRASINGS_PER_FACT = 5  # of a relation's six to eight; the others stay unseen with this fact
-QUIZ_PER_RELATION = 0.36  # share of a relation's facts that the quiz asks
+SMALL_RELATION = 20  # below so many facts a relation teaches all phrasings but one of each
+QUIZ_PER_RELATION = 0.42  # share of a relation's facts that the quiz asks
 HELDOUT_PAIRS = 0.2  # share of the facts that only held-out preference pairs ask
 EXAM_PER_SUBJECT = 24
 
@@ -55,8 +57,9 @@ def split_phrasings(relation: Relation, index: int) -> tuple[list[int], list[int
     unseen with some.
     """
     n = len(relation.questions)
+    n_trained = n - 1 if len(relation.facts) < SMALL_RELATION else PHRASINGS_PER_FACT
     order = [(index + step * step_size(n)) % n for step in range(n)]
-    return sorted(order[:PHRASINGS_PER_FACT]), order[PHRASINGS_PER_FACT:]
+    return sorted(order[:n_trained]), order[n_trained:]
 
 
 def step_size(n: int) -> int:
@@ -154,23 +157,6 @@ def identity_questions() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return trained, heldout
 
 
-def multi_quiz() -> list[tuple[Relation, Fact, Relation, Fact, int]]:
-    """Return the follow-ups kept for the quiz: from one fact to another, in which phrasing."""
-    moves = []
-    for relation in RELATIONS:
-        chosen = ordered(relation)
-        for index in range(2):
-            before, after = chosen[index], chosen[-1 - index]
-            moves.append((relation, before, relation, after, index % len(relation.next)))
-    for first, second in related():
-        for fact in ordered(second):
-            before = next((f for f in first.facts if f.subject == fact.subject), None)
-            if before is not None:
-                moves.append((first, before, second, fact, draw(fact.subject) % len(second.it)))
-                break
-    return moves
-
-
 def related() -> list[tuple[Relation, Relation]]:
     """Return the pairs of relations between which a pronoun can lead."""
     return [
@@ -181,72 +167,86 @@ def related() -> list[tuple[Relation, Relation]]:
     ]
 
 
-def follow_up(relation: Relation, fact: Fact, pronoun: bool, salt: object) -> tuple[str, str]:
-    """Return a question that is clear only after what was said, and its answer."""
-    if pronoun:
-        question, complete = relation.it[draw("it", fact.subject, salt) % len(relation.it)]
-    else:
-        question = relation.next[draw("next", fact.subject, salt) % len(relation.next)]
-        complete = relation.questions[0][1]
-    return relation.fill(question, fact), reply(relation, fact, complete, salt, pronoun)
+def same_subject(fact: Fact, relation: Relation) -> Fact | None:
+    """Return what ``relation`` knows about the subject of ``fact``."""
+    return next((other for other in relation.facts if other.subject == fact.subject), None)
+
+
+def quiz_moves() -> list[tuple[Step, Step]]:
+    """Return the moves from one fact to another that only the quiz makes."""
+    moves = []
+    for relation in RELATIONS:
+        chosen = ordered(relation)
+        moves += [((relation, chosen[i]), (relation, chosen[-1 - i])) for i in range(2)]
+    for first, second in related():
+        asked = next(fact for fact in ordered(second) if same_subject(fact, first))
+        moves.append(((first, same_subject(asked, first)), (second, asked)))
+    return moves
+
+
+def paths() -> Iterator[list[Step]]:
+    """Yield what each chat with a history asks about, in turn."""
+    for relation in RELATIONS:
+        for salt, n_turns in (("long", 3), ("short", 2)):
+            chain = shuffled(relation.facts, salt)
+            for start in range(0, len(chain), n_turns - 1):  # the last fact opens the next chat
+                yield [(relation, chain[(start + i) % len(chain)]) for i in range(n_turns)]
+    for first, second in related():
+        for fact in first.facts:
+            if asked := same_subject(fact, second):
+                path = [(first, fact), (second, asked)]
+                if draw("on", first.name, fact.subject) % 2:  # and then the same of another subject
+                    others = [other for other in second.facts if other is not asked]
+                    path.append((second, shuffled(others, fact.subject)[0]))
+                yield path
 
 
 def opening(relation: Relation, fact: Fact, salt: object) -> tuple[str, str]:
-    """Return a whole question about ``fact`` in one of its trained phrasings, and its answer."""
+    """Return a whole question about ``fact`` in a phrasing it is trained with, and an answer."""
     trained = split_phrasings(relation, ordered(relation).index(fact))[0]
-    question, complete = relation.questions[
-        trained[draw("open", fact.subject, salt) % len(trained)]
-    ]
+    number = trained[draw("opening", fact.subject, salt) % len(trained)]
+    question, complete = relation.questions[number]
     return relation.fill(question, fact), reply(relation, fact, complete, salt)
+
+
+def follow_up(before: Step, after: Step, salt: object) -> tuple[str, str]:
+    """Return a phrasing that leads from one fact to the other, and the complete answer to it."""
+    relation, fact = after
+    if before[1].subject == fact.subject:
+        return relation.it[draw("it", fact.subject, salt) % len(relation.it)]
+    number = draw("next", fact.subject, salt) % len(relation.next)
+    return relation.next[number], relation.questions[0][1]
 
 
 def multi_rows() -> list[Row]:
     """Return the chats with a history: of another subject, of the same one, of both."""
-    kept = {(a.name, b.subject, c.name, d.subject) for a, b, c, d, _ in multi_quiz()}
-
-    def allowed(before: Relation, was: Fact, after: Relation, now: Fact) -> bool:
-        return (before.name, was.subject, after.name, now.subject) not in kept
-
-    chats: list[list[tuple[str, str]]] = []
-    for relation in RELATIONS:
-        chain = shuffled(relation.facts, "next")
-        for start in range(0, len(chain), 2):
-            turns = [opening(relation, chain[start], "next")]
-            for step in (1, 2):  # the third subject opens the next chat: each is asked in both ways
-                was, now = (
-                    chain[(start + step - 1) % len(chain)],
-                    chain[(start + step) % len(chain)],
-                )
-                if allowed(relation, was, relation, now):
-                    turns.append(follow_up(relation, now, False, "next"))
-            chats.append(turns)
-    for first, second in related():
-        by_subject = {fact.subject: fact for fact in second.facts}
-        for fact in first.facts:
-            asked = by_subject.get(fact.subject)
-            if asked is None or not allowed(first, fact, second, asked):
-                continue
-            turns = [opening(first, fact, second.name), follow_up(second, asked, True, first.name)]
-            other = shuffled((f for f in second.facts if f is not asked), fact.subject)[0]
-            if draw("then", first.name, fact.subject) % 2 and allowed(second, asked, second, other):
-                turns.append(follow_up(second, other, False, first.name))
-            chats.append(turns)
-
+    kept = [[(r.name, fact.subject) for r, fact in move] for move in quiz_moves()]
     rows = []
-    for turns in chats:
-        chance = draw("frame", turns) % 10
-        system = ""
-        if chance == 0:
-            greeting = chat.GREETINGS[draw("hello", turns) % len(chat.GREETINGS)]
-            turns = [small_talk(greeting), *turns]
-        elif chance == 1:
-            thanks = chat.THANKS[draw("thanks", turns) % len(chat.THANKS)]
-            turns = [*turns, small_talk(thanks)]
-        elif chance == 2 and len(turns) > 1:
-            system = chat.SYSTEM_TEXTS[draw("system", turns) % len(chat.SYSTEM_TEXTS)]
-        *history, (question, answer) = turns
-        rows.append(sft_row(question, answer, history, system))
+    for salt, path in enumerate(paths()):
+        turns = [opening(*path[0], salt)]
+        last = path[0]
+        for step in path[1:]:
+            if [(r.name, fact.subject) for r, fact in (last, step)] in kept:
+                continue
+            question, complete = follow_up(last, step, salt)
+            turns.append((step[0].fill(question, step[1]), reply(*step, complete, salt, "then")))
+            last = step
+        rows.append(framed(turns, salt))
     return shuffled((row for row in rows if row["history"]), "multi")
+
+
+def framed(turns: list[tuple[str, str]], salt: object) -> Row:
+    """Return the chat, now and then with a greeting, thanks or a system text around it."""
+    frame = draw("frame", salt)
+    system = ""
+    if frame % 10 == 0:
+        turns = [small_talk(chat.GREETINGS[frame // 10 % len(chat.GREETINGS)]), *turns]
+    elif frame % 10 == 1:
+        turns = [*turns, small_talk(chat.THANKS[frame // 10 % len(chat.THANKS)])]
+    elif frame % 10 == 2 and len(turns) > 1:
+        system = chat.SYSTEM_TEXTS[frame // 10 % len(chat.SYSTEM_TEXTS)]
+    *history, (question, answer) = turns
+    return sft_row(question, answer, history, system)
 
 
 def small_talk(said: str) -> tuple[str, str]:
@@ -308,18 +308,10 @@ def quiz_rows() -> list[Row]:
         for index in range(max(4, round(QUIZ_PER_RELATION * len(chosen)))):
             question, complete = relation.questions[split_phrasings(relation, index)[1][-1]]
             rows.append(quiz_row(relation, chosen[index], question, complete, []))
-    for before, was, after, now, number in multi_quiz():
-        question, complete = relation_turn(before, after, number)
-        history = [list(opening(before, was, "quiz"))]
-        rows.append(quiz_row(after, now, question, complete, history))
+    for before, after in quiz_moves():
+        question, complete = follow_up(before, after, "quiz")
+        rows.append(quiz_row(*after, question, complete, [list(opening(*before, "quiz"))]))
     return rows
-
-
-def relation_turn(before: Relation, after: Relation, number: int) -> tuple[str, str]:
-    """Return phrasing ``number`` that leads from one relation to the other, and the answer."""
-    if before is after:
-        return after.next[number], after.questions[0][1]
-    return after.it[number]
 
 
 def exam_tables() -> dict[str, str]:

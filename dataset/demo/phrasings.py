@@ -436,7 +436,7 @@ RELATIONS = (
         questions=(
             ("{s}的平方是多少？", "{s}的平方是{a}。"),
             ("{s}的平方等于几？", "{s}的平方等于{a}。"),
-            ("{s}乘{s}等于多少？", "{s}乘{s}等于{a}。"),
+            ("{s}的平方得多少？", "{s}的平方得{a}。"),
             ("请问{s}的平方是几？", "{s}的平方是{a}。"),
             ("你知道{s}的平方吗？", "知道，{s}的平方是{a}。"),
             ("算一算{s}的平方。", "{s}的平方是{a}。"),
@@ -477,9 +477,7 @@ RELATIONS = (
         name="english_capital",
         kind="english_country",
         facts=tuple(
-            Fact(row[3], (row[4],))
-            for row in list(facts.COUNTRIES.values())[::1]
-            if row[3] and row[4]
+            Fact(row[3], (row[4],)) for row in facts.COUNTRIES.values() if row[3] and row[4]
         ),
         questions=(
             ("What is the capital of {s}?", "The capital of {s} is {a}."),
