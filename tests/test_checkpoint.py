@@ -285,9 +285,7 @@ def test_a_truncated_file_is_told(saved: Path, flags: Flags) -> None:
     content = saved.read_bytes()
     for damaged in (content[: len(content) // 2], content[:100], b"", b"<html>not found</html>"):
         saved.write_bytes(damaged)
-        with pytest.raises(
-            ValueError, match="a.pth is not a readable weights file.*(truncated|damaged)"
-        ):
+        with pytest.raises(ValueError, match="not a readable weights file.*(truncated|damaged)"):
             load_model(saved, flags())
 
 
