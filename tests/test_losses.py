@@ -73,6 +73,18 @@ def test_what_is_not_trained_does_not_enter_the_loss(build: Build) -> None:
     assert torch.equal(language_model_loss(model, batch).loss, was)
 
 
+def test_positions_and_mask_of_the_batch_reach_the_model(build: Build) -> None:
+    model, batch = build(), random_batch(4)
+    plain = language_model_loss(model, batch).loss
+    spread = 3 * torch.arange(12).expand(3, 12)
+    mask = torch.eye(12, dtype=torch.bool).expand(3, 1, 12, 12)
+    for places in (dict(position_ids=spread), dict(attention_mask=mask)):
+        given = Batch(batch.inputs, batch.targets, **places)
+        logits = model(input_ids=batch.inputs, **places).logits
+        loss = language_model_loss(model, given).loss
+        assert loss != plain and torch.equal(loss, masked_cross_entropy(logits, batch.targets))
+
+
 def test_only_a_mixture_in_training_has_a_balance_loss(build: Build) -> None:
     batch = random_batch(2)
     assert language_model_loss(build().train(), batch).balance is None

@@ -1,0 +1,70 @@
+"""What a run is about to cost, counted by hand."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from model.LMConfig import LMConfig
+from model.model import MiniMindForCausalLM
+from model.report import clock, human, model_cost, peak_flops, training_memory
+
+Build = Callable[..., MiniMindForCausalLM]
+
+
+def test_a_dense_models_cost(build: Build) -> None:
+    model = build()
+    D, L, V, F = 64, 2, 100, model.config.hidden_dim
+    attention = 2 * D * D + 2 * D * D // 2  # wq, wo; wk, wv of half the heads
+    n_params = V * D + L * (attention + 3 * D * F + 2 * D) + D
+    cost = model_cost(model, seq_len=32)
+    assert cost.n_params == cost.n_active == n_params
+    # 6 a parameter; attention's two products of L * T * D, forward and twice back: 12 L T D
+    assert cost.flops_per_token == 6 * n_params + 12 * L * 32 * D
+
+
+def test_of_a_mixture_only_the_chosen_experts_compute(build: Build) -> None:
+    model = build(use_moe=True, n_routed_experts=4, num_experts_per_tok=1, n_shared_experts=2)
+    cost = model_cost(model, seq_len=32)
+    expert = 3 * 64 * model.config.hidden_dim
+    assert cost.n_params - cost.n_active == 2 * 3 * expert  # two layers, three idle experts each
+
+
+def test_v1s_small_model_has_the_documented_size() -> None:
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(LMConfig())
+    assert model_cost(model, 512).n_params == 26_878_464
+
+
+def test_memory_is_weights_gradients_moments_and_activations(build: Build) -> None:
+    model = build()
+    n = sum(p.numel() for p in model.parameters())
+    empty = training_memory(model, 0, 4)
+    assert empty == 16 * n
+    one, two = (training_memory(model, tokens, 4) for tokens in (100, 200))
+    assert two - one == one - empty > 100 * 100 * 4  # at least the logits
+    model.tok_embeddings.weight.requires_grad_(False)
+    assert empty - training_memory(model, 0, 4) == 12 * 6400
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_cpus_peak_is_measured(dtype: torch.dtype) -> None:
+    peak, source = peak_flops(torch.device("cpu"), dtype)
+    assert 1e8 < peak < 1e15 and str(dtype).removeprefix("torch.") in source
+    assert peak_flops(torch.device("mps"), dtype) == (None, "not known for mps")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    ((0, "0"), (7, "7"), (999, "999"), (1000, "1 K"), (999_999, "1 M"), (26_878_464, "26.9 M"),
+     (0.5, "0.5"), (1.5e12, "1.5 T"), (-2000, "-2 K")),
+)  # fmt: skip
+def test_numbers_have_three_digits(number: float, text: str) -> None:
+    assert human(number) == text
+    assert human(2048, "B") == "2.05 KB" and human(3, "B") == "3 B"
+
+
+def test_times_are_short() -> None:
+    assert [clock(s) for s in (0.4, 59.4, 59.6, 61, 3599.6, 3660, 90_000)] == [
+        "0s", "59s", "1m00s", "1m01s", "1h00m", "1h01m", "25h00m",
+    ]  # fmt: skip
