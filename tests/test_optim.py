@@ -83,15 +83,20 @@ def step_of(model: MiniMindForCausalLM, name: str, weight_decay: float) -> tuple
     return before, {n: p.detach() for n, p in model.named_parameters()}, gradients
 
 
-@pytest.mark.parametrize(("name", "weight_decay"), (("adamw", 0.5), ("adam", 0.0)))
+@pytest.mark.parametrize(
+    ("name", "weight_decay"), (("adamw", 0.0), ("adamw", 0.5), ("adam", 0.0), ("adam", 0.5))
+)
 def test_first_step_is_the_sign_of_the_gradient(
     build: Build, name: str, weight_decay: float
 ) -> None:
-    """Adam's first step is lr * g / (|g| + eps); AdamW first takes lr * decay of the matrices."""
+    """Adam's first step is lr * g / (|g| + eps). Decay is a part of g there; AdamW takes lr * decay
+    of the matrices beside it.
+    """
     before, after, gradients = step_of(build(), name, weight_decay)
     for key, was in before.items():
         is_decayed = was.ndim == 2 and key != "tok_embeddings.weight"
-        shrunk = was * (1 - 0.01 * weight_decay * is_decayed)
-        expected = shrunk - 0.01 * gradients[key] / (gradients[key].abs() + 1e-8)
+        decay = weight_decay * is_decayed * was
+        g = gradients[key] + (decay if name == "adam" else 0)
+        expected = was - 0.01 * g / (g.abs() + 1e-8) - (0.01 * decay if name == "adamw" else 0)
         # m / sqrt(v) are fp32 products and quotients of bias corrections: a few 2**-24
         torch.testing.assert_close(after[key], expected, rtol=0, atol=1e-6)
