@@ -79,7 +79,7 @@ def test_cutting_real_prose_changes_no_id(encoder: Encoder) -> None:
         assert ids == encoder.encode_batch([text])[0]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(texts=st.lists(st.one_of(prose, st.text(max_size=200)), max_size=30))
 def test_documents_are_those_of_one_text_at_a_time(encoder: Encoder, texts: list[str]) -> None:
     texts = [text.encode("utf-8", "ignore").decode() for text in texts]
