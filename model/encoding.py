@@ -13,8 +13,7 @@ from typing import Protocol
 import numpy as np
 
 # Enough for all cores, but no more: with eight times as much the tokenizer's bookkeeping (150 bytes
-# a token) goes back to the system after each batch and is faulted in again, a tenth of the time on two
-# cores.
+# a token) goes back to the system after each batch and is faulted in again, a tenth of the time.
 BATCH_CHARS = min(os.cpu_count() or 1, 16) << 16
 BATCH_PIECES = 4096
 PIECE_CHARS = 1 << 14  # a longer text is encoded in pieces: on all cores, and without much memory
