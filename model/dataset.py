@@ -284,7 +284,7 @@ class TrainingData:
         """
         store, numbers = self.held_out
         row_tokens = self.plan.row_tokens
-        lengths = np.minimum(np.diff(store.offsets.astype(np.int64))[numbers], row_tokens)
+        lengths = np.minimum(store.lengths(numbers), row_tokens)
         order = np.argsort(lengths, kind="stable")
         batches, group = [], []
         for index in order[lengths[order] >= 2]:
@@ -420,7 +420,13 @@ def _training_data(
     if val_path is not None:
         val_store = store_of(val_path)
         held_out = (val_store, np.arange(min(val_store.n_documents, MAX_EVAL_DOCUMENTS)))
-    plan = open_plan(store, max_seq_len + 1, alone=recipe == "v1", hold_out=val_path is None)
+    plan = open_plan(
+        store,
+        max_seq_len + 1,
+        cut=not store.has_mask,  # conversations are fitted, not cut
+        alone=recipe == "v1",
+        hold_out=val_path is None,
+    )
     if not plan.n_rows:
         raise ValueError(f"{path}: nothing in it can be trained on; see the counts above")
     return TrainingData(store, plan, tokenizer, held_out)
