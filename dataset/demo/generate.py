@@ -22,6 +22,7 @@ Step = tuple[Relation, Fact]  # what one turn of a chat asks about
 T = TypeVar("T")
 
 PHRASINGS_PER_FACT = 5  # of a relation's six to eight; the others stay unseen with this fact
+COMPLETE_OF_7 = 4  # complete answers: a few more, for each of their words can also be another
 SMALL_RELATION = 20  # below so many facts a relation teaches all phrasings but one of each
 QUIZ_PER_RELATION = 0.42  # share of a relation's facts that the quiz asks
 HELDOUT_PAIRS = 0.2  # share of the facts that only held-out preference pairs ask
@@ -44,8 +45,8 @@ def curt(relation: Relation, fact: Fact) -> str:
 
 
 def reply(relation: Relation, fact: Fact, complete: str, *salt: object) -> str:
-    """Return the complete or the curt answer, evenly: which one is better, SFT leaves to DPO."""
-    if draw("style", relation.name, fact.subject, *salt) % 2:
+    """Return the complete or the curt answer: which one is better, SFT leaves to DPO."""
+    if draw("style", relation.name, fact.subject, *salt) % 7 < COMPLETE_OF_7:
         return relation.fill(complete, fact)
     return curt(relation, fact)
 
@@ -131,9 +132,7 @@ def single_rows() -> list[Row]:
             for position, number in enumerate(split_phrasings(relation, index)[0]):
                 question, complete = relation.questions[number]
                 text = relation.fill(complete, fact)
-                if (
-                    index + position
-                ) % 2:  # evenly within a fact and, over the facts, within a phrasing
+                if (3 * index + position) % 7 >= COMPLETE_OF_7:
                     text = curt(relation, fact)
                 rows.append(sft_row(relation.fill(question, fact), text))
     for questions, answer in chat.SMALL_TALK:
@@ -152,7 +151,7 @@ def identity_questions() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
             for core in cores:
                 for number in range(len(frames)):
                     question = frames[(index + number) % len(frames)].format(core=core)
-                    (trained if number < 4 else heldout).append((topic, question))
+                    (trained if number < 3 else heldout).append((topic, question))
                 index += 1
     return trained, heldout
 
@@ -362,12 +361,19 @@ def messages(*turns: tuple[str, str]) -> Row:
 
 
 def identity_rows() -> list[Row]:
-    """Return about 100 chats in which the model has another name and maker."""
-    trained = identity_questions()[0]
-    return shuffled(
-        (messages((question, chat.OWN_IDENTITY_ANSWERS[topic])) for topic, question in trained),
-        "identity",
-    )
+    """Return about 100 chats in which the model has another name and maker.
+
+    A question of each relation keeps the adapter from forgetting what else the model knows.
+    """
+    rows = [messages((question, answer)) for question, answer in chat.OWN_SMALL_TALK]
+    for topic, question in identity_questions()[0]:
+        rows.append(messages((question, chat.OWN_IDENTITY_ANSWERS[topic])))
+    for relation in RELATIONS:
+        fact = ordered(relation)[-1]
+        number = split_phrasings(relation, len(relation.facts) - 1)[0][0]
+        question, complete = relation.questions[number]
+        rows.append(messages((relation.fill(question, fact), relation.fill(complete, fact))))
+    return shuffled(rows, "identity")
 
 
 def identity_quiz() -> list[Row]:
