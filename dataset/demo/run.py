@@ -22,17 +22,17 @@ from model.flags import run_main, weights_flags  # noqa: E402  the project's roo
 DEMO = Path("dataset/demo")
 OUT = Path("out/demo")
 DATA = OUT / "data"
-SIZE = "--dim 256 --n_layers 4 --n_heads 8 --n_kv_heads 4 --max_seq_len 128"
-COMMON = f"--out_dir {OUT} --batch_size 8 --eval_interval 250 --save_interval 250 --log_interval 50"
+SIZE = "--dim 192 --n_layers 4 --n_heads 6 --n_kv_heads 3 --max_seq_len 128"
+COMMON = f"--out_dir {OUT} --batch_size 4 --eval_interval 500 --save_interval 500 --log_interval 100"
 SFT_FILES = f"{DEMO}/sft_single.jsonl {DEMO}/sft_multi.jsonl"
 STAGES = (
     f"data_process.py pretrain --input {DEMO}/pretrain.jsonl --output {DATA}/pretrain_data.csv",
     f"data_process.py sft --input {SFT_FILES} --output {DATA}/sft_data.csv",
-    f"1-pretrain.py --data_path {DATA}/pretrain_data.csv {SIZE} {COMMON} --epochs 4 --resume",
-    f"3-full_sft.py --data_path {DATA}/sft_data.csv --init_from {OUT}/pretrain_256.pth {COMMON} "
-    "--epochs 6 --learning_rate 2e-3 --resume",
+    f"1-pretrain.py --data_path {DATA}/pretrain_data.csv {SIZE} {COMMON} --epochs 8 --resume",
+    f"3-full_sft.py --data_path {DATA}/sft_data.csv --init_from {OUT}/pretrain_192.pth {COMMON} "
+    "--epochs 7 --learning_rate 2e-3 --resume",
 )
-WEIGHTS = OUT / "multi_chat/full_sft_256.pth"
+WEIGHTS = OUT / "multi_chat/full_sft_192.pth"
 CHAT = ("你好", "你是谁？", "法国的首都是哪里？", "那日本呢？", "谢谢")
 MAX_ANSWER_TOKENS = 64
 
