@@ -79,10 +79,9 @@ class States:
         return sorted((int(m[1]) for m in found if m), reverse=True)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the state of ``step``; of those up to it only the ``keep_last`` newest stay.
+        """Write the state of ``step``; of the whole ones only the ``keep_last`` newest stay.
 
-        Later and damaged ones go: a run does not go on from them, and they must not push out whole
-        ones.
+        Damaged ones go: they must not push out whole ones.
 
         Raises:
             OSError: the disk is full; older states stay.
@@ -106,8 +105,8 @@ class States:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self._damaged.discard(step)
-        past = [found for found in self.steps() if found <= step and found not in self._damaged]
-        for other in set(self.steps()) - set(past[: self.keep_last]):
+        whole = [found for found in self.steps() if found not in self._damaged]
+        for other in set(self.steps()) - set(whole[: self.keep_last]):
             shutil.rmtree(self.folder / f"step_{other}")
         return final
 

@@ -126,7 +126,9 @@ def test_no_split_of_an_update_changes_its_gradient(
         parts = [rows[i : i + batch_size] for i in range(0, 4, batch_size)]
         batches = [run.data.batch(part) for part in parts]
         seen = gradients(run)
+        before = [p.detach().clone() for p in run.model.parameters()]
         norm = run.update(batches, 0.0)
+        assert all(map(torch.equal, before, run.model.parameters()))  # at a rate of 0
         results.append((seen[0], norm, run.progress.loss, run.progress.units, batches))
     counts = [batch.n_units for batch in results[1][4]]
     assert len(set(counts)) > 1 or stage == "pretrain"
