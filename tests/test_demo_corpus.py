@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 from model import quiz
 
 DEMO = Path(__file__).parents[1] / "dataset" / "demo"
+TABLE_ROW = re.compile(r"^\| `([^`]+)` \| ([\d,]+) \|", re.MULTILINE)
 
 
 @cache
@@ -80,6 +82,20 @@ def test_size_is_what_the_demo_promises() -> None:
     assert len(rows("quiz.jsonl")) >= 150
     assert {item["relation"] for item in rows("quiz.jsonl")} == set(relations())
     assert 90 <= len(rows("identity.jsonl")) <= 130
+
+
+def test_readme_counts_the_rows() -> None:
+    readme = (DEMO / "README.md").read_text(encoding="utf-8")
+    told = {name: int(count.replace(",", "")) for name, count in TABLE_ROW.findall(readme)}
+    counted = {path.name: len(rows(path.name)) for path in DEMO.glob("*.jsonl")}
+    for split in ("dev", "val"):
+        tables = [path.read_text("utf-8") for path in (DEMO / "ceval-exam" / split).glob("*.csv")]
+        counted[f"ceval-exam/{split}"] = sum(text.count("\n") - 1 for text in tables)
+    assert told == counted
+    facts = sum(len(relation.facts) for relation in relations().values())
+    phrasings = sum(len(relation.questions) for relation in relations().values())
+    assert f"{facts} facts in {len(relations())} relations" in readme
+    assert f"{phrasings} phrasings" in readme
 
 
 def test_quiz_questions_occur_in_no_training_file() -> None:
@@ -217,18 +233,26 @@ def test_raw_rows_have_the_fields_of_their_formats() -> None:
 
 @pytest.mark.parametrize("split", ["dev", "val"])
 def test_exam_is_sound(split: str) -> None:
+    answers, truths = set(), {}
+    for relation in relations().values():
+        for fact in relation.facts:
+            answers |= set(fact.accept)
+            truths[relation.fill(relation.statements[0], fact)] = fact.answer
+            truths[relation.fill(relation.questions[0][0], fact)] = fact.answer
     letters = Counter()
-    answers = {
-        text for relation in relations().values() for fact in relation.facts for text in fact.accept
-    }
     for path in sorted((DEMO / "ceval-exam" / split).glob("*.csv")):
         with open(path, encoding="utf-8", newline="") as file:
             table = list(csv.DictReader(file))
         assert [row["id"] for row in table] == [str(number) for number in range(len(table))]
+        assert len(table) == 5 or split == "val"
         for row in table:
             options = [row[letter] for letter in "ABCD"]
             assert len(set(options)) == 4 and set(options) <= answers, row
-            assert row[row["answer"]] not in row["question"], row
+            filled = {row["question"].replace("____", option): option for option in options}
+            right = {option for text, option in filled.items() if truths.get(text) == option}
+            if "____" not in row["question"]:
+                right = {truths[row["question"]]}
+            assert right == {row[row["answer"]]}, row
             assert split == "val" or row[row["answer"]] in row["explanation"], row
             letters[row["answer"]] += 1
     assert len(letters) == 4

@@ -23,6 +23,7 @@ ITEM = {
         ("氦写作He，不是氢。", True),
         ("H。", False),
         ("Hes", False),  # inside another word
+        ("CHe", False),
         ("氦的元素符号是Ne。", False),
         ("H、He、Ne", False),  # a list of everything
         ("he", False),
