@@ -68,11 +68,17 @@ VARIANTS = {
 }
 
 
+ROUNDS = (0, *(pytest.param(i, marks=pytest.mark.soak) for i in range(1, 25)))  # 4 kills each
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_killed_at_random_moments(corpus: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("number_of_round", ROUNDS)
+def test_killed_at_random_moments(
+    corpus: Path, tmp_path: Path, name: str, number_of_round: int
+) -> None:
     """kill -9, SIGTERM and SIGINT, several times a run; every start is the same command."""
-    source = random.Random(name)
+    source = random.Random(f"{name} {number_of_round}")
     flags = f"--val_data_path {corpus}/val.csv --log_interval 1 --eval_interval 5 --resume "
     flags += f"--save_interval 3 {VARIANTS[name]}"
     out, straight = tmp_path / "out", tmp_path / "straight"
