@@ -265,11 +265,13 @@ class TrainingData:
         if mask is not None:
             learnt &= mask[:, 1:]
         targets = np.where(learnt, tokens[:, 1:], IGNORED)
+        is_token = segments[:, :-1] >= 0
         batch = Batch(
             torch.from_numpy(tokens[:, :-1].copy()),
             torch.from_numpy(targets),
+            token_mask=torch.from_numpy(is_token),
             n_units=int(learnt.sum()),
-            n_tokens=int((segments[:, :-1] >= 0).sum()),
+            n_tokens=int(is_token.sum()),
         )
         # a matter of the plan, not of these rows: the split into batches must change nothing
         if self.is_chat and self.plan.n_pieces > self.plan.n_rows:

@@ -19,6 +19,7 @@ class Batch:
         targets: the id that follows each input, or ``IGNORED`` (B, T).
         attention_mask: which keys each query sees (B, 1, T, T); None: all before it.
         position_ids: (B, T); None: 0, 1, 2 …
+        token_mask: which inputs are tokens and not padding (B, T); None: all.
         n_units: how many trained targets there are.
         n_tokens: how many inputs are tokens and not padding.
         n_bytes: UTF-8 bytes that the trained targets spell, where it was asked for.
@@ -28,6 +29,7 @@ class Batch:
     targets: Tensor
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
+    token_mask: Tensor | None = None
     n_units: int = 0
     n_tokens: int = 0
     n_bytes: int = 0
@@ -78,6 +80,7 @@ def language_model_loss(model: nn.Module, batch: Batch) -> LossSums:
         input_ids=batch.inputs,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
+        token_mask=batch.token_mask,
         use_cache=False,
     )
     return LossSums(masked_cross_entropy(out.logits, batch.targets), out.aux_loss)

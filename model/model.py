@@ -334,6 +334,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> HiddenStatesOutput:
         """Run everything before the head.
@@ -345,6 +346,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids: (B, T); by default they go on from the cache's length.
             past_key_values: any ``transformers`` cache, or an object with its ``update`` and
                 ``get_seq_length``; it belongs to the caller.
+            token_mask: (B, T), false on padding, which an MoE does not count as load; by default
+                what a 2D ``attention_mask`` says.
 
         Returns:
             ``last_hidden_state`` (B, T, D), normed.
@@ -365,8 +368,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = (torch.arange(T, device=x.device) + past)[None]  # (1, T)
         mask_for = build_mask(attention_mask, past, T, x)
-        token_mask = None
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if token_mask is None and attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -T:]
         rotation = self.rotary(position_ids)
         if output_hidden_states is None:
@@ -412,6 +414,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Return logits (B, T, V), or of the positions that ``logits_to_keep`` names.
@@ -429,6 +432,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            token_mask=token_mask,
         )
         x = out.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -246,8 +246,7 @@ class Run:
         """
         runtime, progress = self.runtime, self.progress
         counts = [sum(b.n_units for b in batches), sum(b.n_tokens for b in batches)]
-        counts.append(sum(b.inputs.numel() for b in batches))
-        n_units, n_tokens, n_positions = runtime.sum_over_ranks(counts)
+        n_units, n_tokens = runtime.sum_over_ranks(counts)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), device=runtime.device)
@@ -258,7 +257,7 @@ class Run:
                 sums = self.loss_fn(self.compute, batch)
             loss = sums.loss / max(1, n_units)
             if sums.balance is not None:
-                loss = loss + sums.balance * (batch.inputs.numel() / n_positions)
+                loss = loss + sums.balance * (batch.n_tokens / max(1, n_tokens))
             # ranks average their gradients, so each gives its part times their number
             self.scaler.scale(loss * runtime.world_size).backward()
             loss_sum += sums.loss.detach()

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A row for every module of model/: what it may import of the project. A row may wait for its module;
-# a module without a row fails.
+# A row for every module of model/: what it may import of the project. A row may wait for its
+# module; a module without a row fails.
 ARROWS: dict[str, str] = {
     "LMConfig": "",
     "model": "LMConfig",  # exported with the weights, so nothing else

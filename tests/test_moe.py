@@ -177,6 +177,22 @@ def test_padding_is_no_load(build: Build) -> None:
     assert abs(model(padded).aux_loss - alone) > 1e-2
 
 
+def test_padding_beside_a_mask_of_pairs_is_no_load(build: Build) -> None:
+    """As in packed chats, whose attention mask says nothing about the padded tail."""
+    model = build(use_moe=True).train()
+    tokens = torch.randint(3, 100, (2, 8), generator=torch.Generator().manual_seed(2))
+    token_mask = torch.ones(2, 8, dtype=torch.bool)
+    token_mask[:, 5:] = False
+    pairs = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
+    edited = torch.where(token_mask, tokens, tokens + 20)
+    was, now, counted = (
+        model(ids, attention_mask=pairs, token_mask=mask).aux_loss
+        for ids, mask in ((tokens, token_mask), (edited, token_mask), (edited, None))
+    )
+    torch.testing.assert_close(now, was, rtol=0, atol=0)
+    assert not torch.equal(counted, was)
+
+
 def test_parts_of_a_batch_add_up_by_their_tokens(build: Build) -> None:
     model = build(use_moe=True, aux_loss_alpha=1.0).train()
     ids = torch.arange(3, 33).view(3, 10)
