@@ -23,7 +23,8 @@ DEMO = Path("dataset/demo")
 OUT = Path("out/demo")
 DATA = OUT / "data"
 SIZE = "--dim 192 --n_layers 4 --n_heads 6 --n_kv_heads 3 --max_seq_len 128"
-COMMON = f"--out_dir {OUT} --batch_size 4 --eval_interval 500 --save_interval 500 --log_interval 100"
+EVERY = "--log_interval 100 --eval_interval 500 --save_interval 500"
+COMMON = f"--out_dir {OUT} --batch_size 4 {EVERY}"
 SFT_FILES = f"{DEMO}/sft_single.jsonl {DEMO}/sft_multi.jsonl"
 STAGES = (
     f"data_process.py pretrain --input {DEMO}/pretrain.jsonl --output {DATA}/pretrain_data.csv",
