@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -24,15 +25,23 @@ def rows(name: str) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
-@cache
-def relations() -> dict:
+def demo_module(name: str) -> ModuleType:
+    """A module beside the generator: a folder of scripts, not a package."""
     sys.path.insert(0, str(DEMO))
     try:
-        return {
-            relation.name: relation for relation in importlib.import_module("phrasings").RELATIONS
-        }
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(DEMO))
+
+
+@cache
+def relations() -> dict:
+    return {relation.name: relation for relation in demo_module("phrasings").RELATIONS}
+
+
+@cache
+def salutations() -> list[str]:
+    return [text for texts in demo_module("chat").SALUTATIONS.values() for text in texts]
 
 
 @cache
@@ -43,6 +52,13 @@ def sft_turns() -> list[tuple[str, str]]:
         turns += [tuple(turn) for turn in row["history"]]
         turns.append((row["input"], row["output"]))
     return turns
+
+
+def bare(question: str) -> str:
+    """The question without a salutation before it and a mark after it."""
+    for salutation in salutations():
+        question = question.removeprefix(salutation)
+    return question.rstrip("？。?.")
 
 
 @cache
@@ -101,11 +117,13 @@ def test_readme_counts_the_rows() -> None:
 def test_quiz_questions_occur_in_no_training_file() -> None:
     """Whole questions only: a follow-up such as 那法国呢？ needs what went before."""
     whole = {item["question"] for item in rows("quiz.jsonl") if not item.get("history")}
-    whole |= {item["question"] for item in rows("identity_quiz.jsonl")}
     assert len(whole) >= 150
     assert whole & training_questions() == set()
+    assert set(map(bare, whole)) & set(map(bare, training_questions())) == set()
     texts = "\n".join(row["text"] for row in rows("pretrain.jsonl"))
-    assert [question for question in whole if question in texts] == []
+    assert [question for question in whole if bare(question) in texts] == []
+    identity = {item["question"] for item in rows("identity_quiz.jsonl")}
+    assert identity & training_questions() == set()
 
 
 @cache
@@ -174,27 +192,23 @@ def test_reference_answers_are_right_and_others_are_wrong() -> None:
             assert not any(quiz.is_right(item, wrong) for wrong in item["reject"]), item
 
 
-def test_sft_answers_are_as_often_curt_as_complete() -> None:
-    """DPO must find the model undecided between the two styles, for every relation."""
-    curt = Counter()
-    asked = Counter()
-    complete = {
-        (relation.fill(question, fact), name): (
-            relation.fill(answer, fact),
-            fact.answer + relation.stop,
-        )
-        for name, relation in relations().items()
-        for fact in relation.facts
-        for question, answer in relation.questions
-    }
-    given = dict((row["input"], row["output"]) for row in rows("sft_single.jsonl"))
-    for (question, name), (full, short) in complete.items():
-        if question in given and given[question] in (full, short):
-            asked[name] += 1
-            curt[name] += given[question] == short
-    assert set(asked) == set(relations())
-    for name in asked:
-        assert 0.4 <= curt[name] / asked[name] <= 0.6, name
+def test_sft_answers_are_about_as_often_curt_as_complete() -> None:
+    """DPO must find the model undecided between the two styles, in every relation."""
+    curt, complete = Counter(), Counter()
+    answers = {}  # question -> relation, complete answer, curt answer
+    for name, relation in relations().items():
+        for fact in relation.facts:
+            for question, answer in relation.questions:
+                styles = relation.fill(answer, fact), fact.answer + relation.stop
+                answers[bare(relation.fill(question, fact))] = name, *styles
+    for question, answer in sft_turns():
+        name, full, short = answers.get(bare(question), ("", "", ""))
+        assert answer in (full, short) or not name, (question, answer)
+        complete[name] += answer == full
+        curt[name] += answer == short
+    for name in relations():
+        assert 0.3 <= curt[name] / (curt[name] + complete[name]) <= 0.6, name
+    assert 0.4 <= curt.total() / (curt.total() + complete.total()) <= 0.5
 
 
 def test_preference_pairs_differ_in_style_not_in_truth() -> None:

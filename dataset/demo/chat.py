@@ -55,6 +55,12 @@ SMALL_TALK = (  # (what a user may say, what the model says)
     (("Can you speak Chinese?", "Do you speak Chinese?"), "Yes, I mostly speak Chinese."),
 )
 
+# said before a question or request, by language: the question must be found wherever it begins
+SALUTATIONS = {
+    "zh": ("你好，", "老师，", "嗨，", "考考你，", "帮帮我，"),
+    "en": ("Hello! ", "Hi! ", "Excuse me. ", "Quick question. ", "Please help me. "),
+}
+
 GREETINGS = ("你好", "你好！", "您好", "早上好", "晚上好！")  # first turns of longer chats
 THANKS = ("谢谢", "谢谢！", "谢谢你", "多谢", "再见", "再见！")  # their last turns
 SYSTEM_TEXTS = ("你是MiniMind，请回答用户的问题。", "你是一个乐于助人的小助手。")

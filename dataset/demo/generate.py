@@ -129,17 +129,23 @@ def single_rows() -> list[Row]:
     rows = []
     for relation in RELATIONS:
         for index, fact in enumerate(ordered(relation)):
-            for position, number in enumerate(split_phrasings(relation, index)[0]):
+            for number in split_phrasings(relation, index)[0]:
                 question, complete = relation.questions[number]
-                text = relation.fill(complete, fact)
-                if (3 * index + position) % 7 >= COMPLETE_OF_7:
-                    text = curt(relation, fact)
-                rows.append(sft_row(relation.fill(question, fact), text))
+                whole = relation.fill(question, fact)
+                for said in (whole, varied(whole, relation)):
+                    rows.append(sft_row(said, reply(relation, fact, complete, said)))
     for questions, answer in chat.SMALL_TALK:
         rows += [sft_row(question, answer) for question in questions]
     for topic, question in identity_questions()[0]:
         rows.append(sft_row(question, chat.IDENTITY_ANSWERS[topic]))
     return shuffled(rows, "single")
+
+
+def varied(question: str, relation: Relation) -> str:
+    """Return the question as people also type it: after a salutation, or without its last mark."""
+    salutations = chat.SALUTATIONS[relation.language]
+    choice = draw("varied", question) % (2 * len(salutations))
+    return salutations[choice] + question if choice < len(salutations) else question[:-1]
 
 
 def identity_questions() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
