@@ -103,7 +103,8 @@ def find_raw(data_dir: Path, stage: str) -> list[Path]:
     for pattern in RAW_NAMES[stage]:
         for packing in ("", ".xz", ".gz"):
             for path in sorted(data_dir.glob(pattern + packing)):
-                found.setdefault(str(path).removesuffix(packing), path)
+                if path.is_file():
+                    found.setdefault(str(path).removesuffix(packing), path)
     return [path for name, path in sorted(found.items()) if Path(name).name != "train_data.json"]
 
 
@@ -151,10 +152,18 @@ def make_found_tables(args: argparse.Namespace) -> None:
             "no raw files: put them under the names above, or name yours: "
             "data_process.py pretrain|sft|rl --input FILE … --output FILE"
         )
+    failed = []
     for stage, paths in found.items():
-        if paths:
-            outputs = {turns: data_dir / name for turns, name in TABLES[stage].items()}
+        if not paths:
+            continue
+        outputs = {turns: data_dir / name for turns, name in TABLES[stage].items()}
+        try:
             make_tables(args, stage, paths, outputs)
+        except ValueError as error:  # an unusable file; the other tables can be made all the same
+            print(f"error: {stage}: {error}", file=sys.stderr)
+            failed.append(stage)
+    if failed:
+        raise ValueError(f"not made: {', '.join(failed)}; see above")
 
 
 def make_tokens(args: argparse.Namespace) -> None:

@@ -328,16 +328,16 @@ def check_tokenizer(
     """Refuse a tokenizer that is not the one the weights were trained with.
 
     Raises:
-        ValueError: another hash, or more ids than the embedding has.
+        ValueError: another hash, or another number of ids than the embedding has.
     """
     if recorded_sha256 is not None and recorded_sha256 != tokenizer.sha256:
         raise ValueError(
             f"{path} was trained with another tokenizer (hash {recorded_sha256[:12]}…) than "
             f"{tokenizer.folder} (hash {tokenizer.sha256[:12]}…): name the right one by --tokenizer"
         )
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
-            f"{tokenizer.folder} has {tokenizer.vocab_size} ids, the model's embedding only "
+            f"{tokenizer.folder} has {tokenizer.vocab_size} ids, the model's embedding "
             f"{config.vocab_size}: name the tokenizer it was trained with by --tokenizer"
         )
 

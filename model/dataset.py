@@ -99,11 +99,11 @@ def sft_store(path: Path, tokenizer: Tokenizer, *, max_tokens: int, log: Log = p
 
 def _folder(path: Path, variant: str = "") -> Path:
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file with --data_path")
+        raise ValueError(f"{path} is a folder: name a file")
     if not path.exists() and not store_folder(path).exists():
         raise FileNotFoundError(
-            f"{path} does not exist: put the raw files into {path.parent}/ and run "
-            "data_process.py, or name a file with --data_path"
+            f"{path} does not exist: make the tables with data_process.py, or name a file that is "
+            "there (--data_path, --val_data_path)"
         )
     folder = store_folder(path)
     return folder.with_name(f"{path.stem}.{variant}{folder.suffix}") if variant else folder

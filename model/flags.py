@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 MODEL_NAMES = ("minimind-v1-small", "minimind-v1", "minimind-v1-moe")
-# Best measured settings of every stage (benchmarks/LOG.md); a stage passes what differs
+# The usual settings of every stage; a stage passes what differs
 DEFAULTS: dict[str, Any] = {
     "epochs": 1.0,
     "batch_size": 16,
@@ -198,7 +198,7 @@ def training_parser(
     add("--keep_last", type=positive(int), default=2, help="training states kept on disk")
     add_switch(watching, "--resume", "go on from the last save, or start anew where there is none")
     add_switch(watching, "--resume_anyway", "resume although data or settings changed")
-    add_switch(watching, "--overwrite", "start anew although a run was stopped before its end")
+    add_switch(watching, "--overwrite", "start anew although there is a run of this name")
     add("--show_samples", type=positive(int), metavar="N", help="print N training rows and stop")
     add_switch(watching, "--dry_run", "print the report that comes before the first step and stop")
     return parser

@@ -125,7 +125,7 @@ def _parse_line(data: bytes, kind: str, place: Place, tally: Tally) -> Any:
 
 def _brief(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at character {error.pos + 1}"
+        return f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:60]
 
 

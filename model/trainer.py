@@ -405,7 +405,7 @@ class Run:
             f"updates of {self.update_rows} rows ({self.update_rows * T:,} positions); "
             f"{args.optimizer}, rate {args.learning_rate:g} {args.schedule}, warm-up {self.warmup}"
         )
-        log(f"device      {runtime.device}, {dtype}, {torch.get_num_threads()} threads{peak}")
+        log(f"device      {runtime.device}, {dtype}, threads: {torch.get_num_threads()}{peak}")
         log(
             f"memory      about {human(memory, 'B')}; disk {human(needed, 'B')} for "
             f"{args.keep_last} states and the weights, {human(free, 'B')} free"
@@ -481,13 +481,17 @@ class Run:
             self.runtime.log("no curve.png is drawn: pip install matplotlib")
 
     def refuse_to_overwrite(self) -> None:
-        """Start anew only where no unfinished run would be lost."""
+        """Start anew only where no run would be lost.
+
+        Raises:
+            ValueError: states of a run are there, and ``--overwrite`` is not given.
+        """
         steps = self.states.steps()
         if not steps:
             return
-        if steps[0] < self.n_steps and not self.args.overwrite:
+        if not self.args.overwrite:
             raise ValueError(
-                f"{self.states.folder} holds a run stopped at update {steps[0]:,}: go on with "
+                f"{self.states.folder} holds a run that came to update {steps[0]:,}: go on with "
                 "--resume, start anew with --overwrite, or keep both apart with --run_name"
             )
         shutil.rmtree(self.states.folder)
