@@ -31,7 +31,7 @@ STAGES = (
     f"data_process.py sft --input {SFT_FILES} --output {DATA}/sft_data.csv",
     f"1-pretrain.py --data_path {DATA}/pretrain_data.csv {SIZE} {COMMON} --epochs 8 --resume",
     f"3-full_sft.py --data_path {DATA}/sft_data.csv --init_from {OUT}/pretrain_192.pth {COMMON} "
-    "--epochs 6 --learning_rate 2e-3 --resume",
+    "--epochs 4 --learning_rate 2e-3 --resume",
 )
 WEIGHTS = OUT / "multi_chat/full_sft_192.pth"
 CHAT = ("你好", "你是谁？", "法国的首都是哪里？", "那日本呢？", "谢谢")
