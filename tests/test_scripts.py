@@ -138,7 +138,11 @@ def here(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 ONE_MESSAGE = {
     "no data": ("1-pretrain.py", "--data_path no.csv", "no.csv does not exist"),
-    "default data": ("1-pretrain.py", "", "dataset/pretrain_data.csv does not exist: put the raw"),
+    "default data": (
+        "1-pretrain.py",
+        "",
+        "dataset/pretrain_data.csv does not exist: make the tables",
+    ),
     "other data": ("1-pretrain.py", "--data_path {}/sft_data.csv", 'no "text"'),
     "not a table": ("1-pretrain.py", "--data_path {}", "is a folder: name a file"),
     "no tokenizer": ("1-pretrain.py", "--tokenizer no", "no/tokenizer.json does not exist"),
