@@ -498,9 +498,9 @@ def test_too_little_disk_is_told_before_the_start(corpus: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_second_start_does_not_overwrite_an_unfinished_run(corpus: Path, tmp_path: Path) -> None:
+def test_a_second_start_does_not_overwrite_a_run(corpus: Path, tmp_path: Path) -> None:
     assert run_with(corpus, tmp_path, signalling(2), "--max_steps 5") == 143
-    with pytest.raises(ValueError, match="holds a run stopped at update 2: go on with --resume"):
+    with pytest.raises(ValueError, match="holds a run that came to update 2: go on with --resume"):
         pretrain(corpus, tmp_path, "--max_steps 5")
     assert states(tmp_path) == ["step_2"]
     assert pretrain(corpus, tmp_path, "--max_steps 4 --run_name other") == 0
@@ -508,7 +508,8 @@ def test_a_second_start_does_not_overwrite_an_unfinished_run(corpus: Path, tmp_p
     assert (tmp_path / "pretrain_32_other.pth").is_file()
     assert pretrain(corpus, tmp_path, "--max_steps 5 --overwrite") == 0
     assert states(tmp_path) == ["step_5"]
-    assert pretrain(corpus, tmp_path, "--max_steps 5") == 0  # a finished one gives way
+    with pytest.raises(ValueError, match="came to update 5: .*--overwrite"):  # nor a finished one
+        pretrain(corpus, tmp_path, "--max_steps 5")
     assert len(records(tmp_path)) == 2
 
 
