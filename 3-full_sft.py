@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         print(data.show(args.show_samples, args.seed))
         return 0
     return train(
-        start.model,
-        start.tokenizer,
+        start,
         data,
         args,
         runtime,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+LORA_TARGETS = "wq wk wv wo w1 w2 w3"  # attention and feed-forward, experts too
 MODEL_NAMES = ("minimind-v1-small", "minimind-v1", "minimind-v1-moe")
 # The usual settings of every stage; a stage passes what differs
 DEFAULTS: dict[str, Any] = {
@@ -120,9 +121,38 @@ def weights_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--load_from", metavar="FOLDER", help="an exported folder, or the original's"
     )
+    group.add_argument("--lora", metavar="FOLDER", help="an adapter of 4-lora_sft.py or of peft")
     group.add_argument("--out_dir", default="out", help="where the stages left their weights")
     device_flags(group)
     model_flags(parser)
+
+
+def lora_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags that say what a new adapter is made of."""
+    group = parser.add_argument_group("adapter (LoRA)")
+    add = group.add_argument
+    add("--lora_rank", type=positive(int), default=16, help="default %(default)s")
+    add("--lora_alpha", type=positive(float), help="scale times rank (default: twice the rank)")
+    add("--lora_dropout", type=non_negative(float), default=0.0, help="default %(default)s")
+    add(
+        "--lora_targets",
+        nargs="+",
+        default=LORA_TARGETS.split(),
+        metavar="NAME",
+        help=f"layers to adapt (default {LORA_TARGETS})",
+    )
+    return group
+
+
+def quiz_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the quizzes that are taken before and after training."""
+    parser.add_argument(
+        "--quiz",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="questions as in dataset/demo/quiz.jsonl, asked before and after training",
+    )
 
 
 def training_parser(
@@ -214,6 +244,8 @@ def parse_training_args(
     for name in args.from_recipe:
         setattr(args, name, recipe[name])
     args.resume = args.resume or args.resume_anyway
+    if getattr(args, "lora_alpha", 0) is None:
+        args.lora_alpha = 2.0 * args.lora_rank
     return args
 
 

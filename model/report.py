@@ -55,14 +55,14 @@ def training_memory(model: MiniMindForCausalLM, tokens_per_batch: int, bytes_per
     nothing quadratic under the fused kernels.
     """
     config = model.config
-    n_params = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = config.hidden_dim
     if config.use_moe:
         width *= config.num_experts_per_tok + config.n_shared_experts
     per_token = config.n_layers * (18 * config.dim + 6 * width) * bytes_per_value
     logits = config.vocab_size * (bytes_per_value + 8)  # as computed, in fp32, and their gradient
-    return 4 * n_params + 12 * n_trained + tokens_per_batch * (per_token + logits)
+    return weights + 12 * n_trained + tokens_per_batch * (per_token + logits)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:

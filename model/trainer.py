@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .checkpoint import save_weights, weights_path, width_name
+from .checkpoint import Loaded, save_trained, weights_path, width_name
 from .console import progress_display
 from .evaluation import evaluate
 from .generation import SamplingOptions, generate, stream_text
@@ -28,7 +28,6 @@ from .prefetch import prefetch
 from .report import human, model_cost, peak_flops, training_memory
 from .runtime import Runtime, StopRequest
 from .states import States, free_bytes
-from .tokenizer import Tokenizer
 
 MAX_SKIPPED_IN_A_ROW = 10
 WARMUP_SHARE, MAX_WARMUP = 0.02, 200
@@ -78,8 +77,7 @@ def run_name(args: argparse.Namespace, stage: str, model: MiniMindForCausalLM) -
 
 
 def train(
-    model: MiniMindForCausalLM,
-    tokenizer: Tokenizer,
+    start: Loaded,
     data: Data,
     args: argparse.Namespace,
     runtime: Runtime,
@@ -87,13 +85,16 @@ def train(
     stage: str,
     loss_fn: LossFn = language_model_loss,
     sample_prompt: list[int] | None = None,
+    validate_first: bool = False,
 ) -> int:
-    """Train ``model`` on ``data`` as ``args`` say and leave its weights under v1's name.
+    """Train what is not frozen of a model on ``data`` and leave it under the stage's name.
 
     Args:
+        start: the model to train, its tokenizer, and where it is from.
         args: of :func:`model.flags.training_parser`.
-        stage: names the files: pretrain, full_sft_single, full_sft_multi, lora, dpo.
+        stage: one of :data:`model.checkpoint.STAGE_STEMS`; names the files.
         sample_prompt: ids to continue after each validation, a text to look at.
+        validate_first: validate before the first update too, to see what training changes.
 
     Returns:
         The process's exit code: 0, or 128 + the signal that stopped the run.
@@ -102,7 +103,9 @@ def train(
         ValueError: the run cannot start or go on; the message says what to do.
         OSError: the last save failed.
     """
-    return Run(model, tokenizer, data, args, runtime, stage, loss_fn, sample_prompt).run()
+    run = Run(start, data, args, runtime, stage, loss_fn, sample_prompt)
+    run.progress.validation_due = validate_first
+    return run.run()
 
 
 class Run:
@@ -110,8 +113,7 @@ class Run:
 
     def __init__(
         self,
-        model: MiniMindForCausalLM,
-        tokenizer: Tokenizer,
+        start: Loaded,
         data: Data,
         args: argparse.Namespace,
         runtime: Runtime,
@@ -119,11 +121,16 @@ class Run:
         loss_fn: LossFn,
         sample_prompt: list[int] | None,
     ) -> None:
-        self.args, self.runtime, self.data, self.tokenizer = args, runtime, data, tokenizer
+        self.start, self.data, self.args, self.runtime = start, data, args, runtime
         self.stage, self.loss_fn, self.sample_prompt = stage, loss_fn, sample_prompt
-        self.model = model.to(runtime.device).train()
+        self.model = model = start.model.to(runtime.device).train()
         self.compute = self.model  # or its compiled form, of the same parameters
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.frozen = {
+            name
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if not p.requires_grad
+        }
         self.optimizer = make_optimizer(
             model, args.optimizer, args.learning_rate, args.weight_decay
         )
@@ -370,7 +377,7 @@ class Run:
         options = SamplingOptions(max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
         self.model.eval()
         tokens = generate(self.model, self.sample_prompt, options)
-        text = "".join(stream_text(self.tokenizer, tokens))
+        text = "".join(stream_text(self.start.tokenizer, tokens))
         self.model.train()
         return text
 
@@ -381,9 +388,9 @@ class Run:
         tokens_per_batch = args.batch_size * T
         memory = training_memory(model, tokens_per_batch, runtime.dtype.itemsize)
         n_trained = sum(p.numel() for p in self.parameters)
-        state_bytes = 4 * self.cost.n_params + 8 * n_trained
+        state_bytes = 12 * n_trained  # weights and two moments
         n_new = max(1, args.keep_last + 1 - len(self.states.steps()))  # the old go after the new
-        needed = n_new * state_bytes + 2 * 4 * self.cost.n_params
+        needed = n_new * state_bytes + 2 * 4 * n_trained
         free = free_bytes(Path(args.out_dir))
         if not args.dry_run:
             self.peak_flops, source = peak_flops(runtime.device, runtime.dtype)
@@ -437,6 +444,8 @@ class Run:
         chosen |= {"warmup_iters": self.warmup, **self.data.fingerprint}
         ignored = {"transformers_version", "dtype", "_name_or_path"}
         config = self.model.config.to_diff_dict().items()
+        if self.frozen:  # not in the states, so it must be the same again
+            chosen["frozen weights"] = self.start.base_digest
         return chosen | {f"config.{k}": v for k, v in config if k not in ignored}
 
     def save(self, must: bool) -> None:
@@ -448,8 +457,9 @@ class Run:
             random["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
         elif self.runtime.device.type == "mps":
             random["mps"] = torch.mps.get_rng_state()
+        weights = self.model.state_dict().items()
         state = {
-            "model": self.model.state_dict(),
+            "model": {name: value for name, value in weights if name not in self.frozen},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random,
@@ -469,10 +479,9 @@ class Run:
 
     def save_results(self) -> None:
         """Write the weights under v1's name, and the curve."""
-        save_weights(
-            self.model,
+        save_trained(
+            self.start,
             self.weights,
-            self.tokenizer,
             stage=self.stage,
             step=self.progress.step,
             tokens=self.progress.tokens,
@@ -539,7 +548,8 @@ class Run:
             for group in self.optimizer.param_groups
         ]
         try:
-            self.model.load_state_dict(state["model"])
+            weights = {k: v for k, v in self.model.state_dict().items() if k in self.frozen}
+            self.model.load_state_dict({**weights, **state["model"]})
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise ValueError(

@@ -28,7 +28,7 @@ ARROWS: dict[str, str] = {
     "dataset": "encoding losses order packing rows store_writer tally tokenizer tokens",
     # training
     "losses": "",
-    "lora": "",
+    "lora": "states",
     "optim": "",
     "runtime": "",
     "states": "",
@@ -36,9 +36,9 @@ ARROWS: dict[str, str] = {
     "prefetch": "",
     "report": "LMConfig model",
     "console": "report",
-    "checkpoint": "LMConfig model runtime states tokenizer",
+    "checkpoint": "LMConfig lora model runtime states tokenizer",
     "trainer": "checkpoint console evaluation generation losses metrics model optim order prefetch "
-    "report runtime states tokenizer tokens",
+    "report runtime states",
     # talking to it
     "generation": "",
     "evaluation": "losses",

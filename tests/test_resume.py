@@ -331,10 +331,10 @@ def test_another_size_of_update_goes_on_along_the_same_rows_to_the_end(
     flags = "--epochs 1 --save_interval 1000"
     assert run_with(corpus, tmp_path, signalling(3), flags) == 143  # after 12 rows
     change = f"--batch_size {batch_size} --resume_anyway"
-    model, tokenizer, data, args, runtime = parts_of_run(corpus, tmp_path, f"{flags} {change}")
+    start, data, args, runtime = parts_of_run(corpus, tmp_path, f"{flags} {change}")
     assert isinstance(data, Recorder)
     rows = make_run(corpus, tmp_path, flags).sampler.rows(range(data.n_rows)).tolist()
-    assert train(model, tokenizer, data, args, runtime, stage="pretrain") == 0
+    assert train(start, data, args, runtime, stage="pretrain") == 0
     assert sum(data.batches, []) == rows[12:]
     n_steps = 3 + -(-(data.n_rows - 12) // batch_size)
     assert f"step_{n_steps}" in states(tmp_path)

@@ -76,21 +76,21 @@ def parts_of_run(corpus: Path, out: Path, flags: str = "", stage: str = "pretrai
         val_path=args.val_data_path and Path(args.val_data_path),
         recipe=args.recipe,
     )
-    return start.model, start.tokenizer, Recorder(data), args, runtime
+    return start, Recorder(data), args, runtime
 
 
 def make_run(corpus: Path, out: Path, flags: str = "", stage: str = "pretrain", **kwargs) -> Run:
-    model, tokenizer, data, args, runtime = parts_of_run(corpus, out, flags, stage)
+    start, data, args, runtime = parts_of_run(corpus, out, flags, stage)
     runtime = kwargs.get("runtime", runtime)
     loss_fn = kwargs.get("loss_fn", language_model_loss)
-    return Run(model, tokenizer, data, args, runtime, stage, loss_fn, None)
+    return Run(start, data, args, runtime, stage, loss_fn, None)
 
 
 def run_with(corpus: Path, out: Path, loss_fn: Callable, flags: str = "") -> int:
     """Run as ``1-pretrain.py`` does, but for the loss."""
-    model, tokenizer, *parts = parts_of_run(corpus, out, flags)
-    prompt = tokenizer.encode_document(script("1-pretrain.py").SAMPLE_TEXT)[:-1]
-    return train(model, tokenizer, *parts, stage="pretrain", loss_fn=loss_fn, sample_prompt=prompt)
+    start, *parts = parts_of_run(corpus, out, flags)
+    prompt = start.tokenizer.encode_document(script("1-pretrain.py").SAMPLE_TEXT)[:-1]
+    return train(start, *parts, stage="pretrain", loss_fn=loss_fn, sample_prompt=prompt)
 
 
 def gradients(run: Run) -> list[dict[str, Tensor]]:
@@ -185,8 +185,8 @@ def test_an_update_without_anything_to_learn_changes_nothing_but_the_count(
 
 def rows_seen(corpus: Path, out: Path, flags: str) -> tuple[list[list[int]], int]:
     """Run to the end; return the rows of each update, and how many rows an epoch has."""
-    model, tokenizer, data, args, runtime = parts_of_run(corpus, out, f"{flags} --overwrite")
-    train(model, tokenizer, data, args, runtime, stage="pretrain")
+    start, data, args, runtime = parts_of_run(corpus, out, f"{flags} --overwrite")
+    train(start, data, args, runtime, stage="pretrain")
     size = args.accumulation_steps
     return [sum(data.batches[i : i + size], []) for i in range(0, len(data.batches), size)], (
         data.n_rows
