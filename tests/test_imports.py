@@ -26,6 +26,7 @@ ARROWS: dict[str, str] = {
     "packing": "",
     "order": "",
     "dataset": "encoding losses order packing rows store_writer tally tokenizer tokens",
+    "pairs": "dataset encoding losses packing rows states store_writer tally tokenizer tokens",
     # training
     "losses": "",
     "lora": "states",
@@ -39,10 +40,21 @@ ARROWS: dict[str, str] = {
     "checkpoint": "LMConfig lora model runtime states tokenizer",
     "trainer": "checkpoint console evaluation generation losses metrics model optim order prefetch "
     "report runtime states",
+    # into the formats of others, and back
+    "llama": "LMConfig",
+    "export_folder": "LMConfig llama states tokenizer",
+    "export_gguf": "LMConfig export_folder llama tokenizer",
+    "hub": "LMConfig",
+    "export": "checkpoint export_folder export_gguf hub llama states",
+    "readback": "LMConfig checkpoint export_gguf llama model tokenizer",
     # talking to it
     "generation": "",
     "evaluation": "losses",
-    "quiz": "",
+    "repetition": "",
+    "ceval": "evaluation records tally",
+    "ceval_report": "ceval evaluation",
+    "stages": "ceval ceval_report checkpoint evaluation generation quiz repetition rows tally",
+    "quiz": "checkpoint generation runtime",
     "flags": "",
     "terminal": "checkpoint flags generation",
 }
