@@ -24,6 +24,10 @@ def line(record: dict[str, Any]) -> str:
         ("loss", "loss", ".4f"),
         ("val_loss", "val_loss", ".4f"),
         ("val_bpb", "bits/byte", ".4f"),
+        ("accuracy", "accuracy", ".3f"),
+        ("margin", "margin", "+.3f"),
+        ("val_accuracy", "val_accuracy", ".3f"),
+        ("val_margin", "val_margin", "+.3f"),
         ("lr", "lr", ".2e"),
         ("tokens_per_s", "tokens/s", ",.0f"),
     ):

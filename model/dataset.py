@@ -66,7 +66,7 @@ def pretrain_store(
         )
         progress.close()
 
-    return ensure_store(_folder(path, "v1" if max_chars else ""), key, documents, log=log)
+    return ensure_store(source_folder(path, "v1" if max_chars else ""), key, documents, log=log)
 
 
 def sft_store(path: Path, tokenizer: Tokenizer, *, max_tokens: int, log: Log = print) -> TokenStore:
@@ -94,10 +94,16 @@ def sft_store(path: Path, tokenizer: Tokenizer, *, max_tokens: int, log: Log = p
         for reason, count in counts.most_common():
             log(f"  {count:>11,}  {reason}")
 
-    return ensure_store(_folder(path), key, documents, log=log)
+    return ensure_store(source_folder(path), key, documents, log=log)
 
 
-def _folder(path: Path, variant: str = "") -> Path:
+def source_folder(path: Path, variant: str = "") -> Path:
+    """Return the folder of a source's token store.
+
+    Raises:
+        FileNotFoundError: neither the source nor its store is there.
+        ValueError: the source is a folder.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file")
     if not path.exists() and not store_folder(path).exists():
@@ -243,6 +249,11 @@ class TrainingData:
         return self.plan.n_rows
 
     @property
+    def row_positions(self) -> int:
+        """Inputs of a row."""
+        return self.plan.row_tokens - 1
+
+    @property
     def is_chat(self) -> bool:
         """Whether rows hold conversations, of which only the answers are trained."""
         return self.store.has_mask
@@ -285,17 +296,8 @@ class TrainingData:
         Sorted by length and padded on the right, where causal attention never looks.
         """
         store, numbers = self.held_out
-        row_tokens = self.plan.row_tokens
-        lengths = np.minimum(store.lengths(numbers), row_tokens)
-        order = np.argsort(lengths, kind="stable")
-        batches, group = [], []
-        for index in order[lengths[order] >= 2]:
-            if (len(group) + 1) * (lengths[index] - 1) > EVAL_POSITIONS and group:
-                batches.append(self._alone(store, group))
-                group = []
-            group.append(int(numbers[index]))
-        if group:
-            batches.append(self._alone(store, group))
+        groups = length_groups(store, numbers, self.plan.row_tokens)
+        batches = [self._alone(store, group) for group in groups]
         return [batch for batch in batches if batch.n_units]
 
     def _alone(self, store: TokenStore, numbers: list[int]) -> Batch:
@@ -329,7 +331,7 @@ class TrainingData:
             what, detail = "documents", f"{n_cuts:,} cuts where one is longer than a row"
         return (
             f"{manifest['documents']:,} {what}, {manifest['tokens']:,} tokens, {detail}; "
-            f"{self.n_rows:,} rows of {self.plan.row_tokens - 1} positions, "
+            f"{self.n_rows:,} rows of {self.row_positions} positions, "
             f"{100 * self.plan.utilisation:.2f} % of them in use; held out: "
             f"{len(self.held_out[1]):,}"
         )
@@ -353,6 +355,27 @@ class TrainingData:
                     text += f"⟦{piece}⟧" if trained[part[0]] else piece
                 shown.append(text)
         return "\n".join(shown)
+
+
+def length_groups(
+    store: TokenStore, numbers: np.ndarray, max_tokens: int | None = None
+) -> Iterator[list[int]]:
+    """Yield document numbers in groups of similar length, each a batch; empty documents go.
+
+    ``max_tokens`` is what is used of a longer document.
+    """
+    lengths = store.lengths(numbers)
+    if max_tokens is not None:
+        lengths = np.minimum(lengths, max_tokens)
+    order = np.argsort(lengths, kind="stable")
+    group: list[int] = []
+    for index in order[lengths[order] >= 2]:
+        if (len(group) + 1) * (lengths[index] - 1) > EVAL_POSITIONS and group:
+            yield group
+            group = []
+        group.append(int(numbers[index]))
+    if group:
+        yield group
 
 
 def separate(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

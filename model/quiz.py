@@ -8,11 +8,19 @@ does not contain: the answers to other questions, so that a list of everything i
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .generation import SamplingOptions, fit_messages, generate, prompt_limit, stream_text
+
+if TYPE_CHECKING:
+    from .checkpoint import Loaded
+    from .runtime import Runtime
+
+MAX_ANSWER_TOKENS = 64
 QuizItem = dict[str, Any]
 Message = dict[str, str]
 ANY_RELATION = "other"
@@ -134,3 +142,56 @@ def run_quiz(items: Sequence[QuizItem], answer: Callable[[list[Message]], str]) 
     Where many conversations are answered at once, use :func:`conversation` and :func:`score`.
     """
     return score(items, (answer(conversation(item)) for item in items))
+
+
+def answer_greedily(loaded: "Loaded", messages: list[Message]) -> str:
+    """Return the likeliest answer, at most ``MAX_ANSWER_TOKENS`` long; the model is in eval mode.
+
+    Raises:
+        ValueError: the question alone is too long for the model.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    limit = prompt_limit(model.config.max_seq_len, MAX_ANSWER_TOKENS)
+    prompt = tokenizer.encode_chat(
+        fit_messages(tokenizer, messages, limit)[0], add_generation_prompt=True
+    )
+    options = SamplingOptions(temperature=0, max_new_tokens=MAX_ANSWER_TOKENS)
+    return "".join(stream_text(tokenizer, generate(model, prompt, options)))
+
+
+def take_quiz(loaded: "Loaded", items: Sequence[QuizItem]) -> QuizResult:
+    """Return how a model does; its mode stays as it was."""
+    was_training = loaded.model.training
+    loaded.model.eval()
+    result = run_quiz(items, lambda messages: answer_greedily(loaded, messages))
+    loaded.model.train(was_training)
+    return result
+
+
+def load_quizzes(paths: Iterable[str]) -> dict[str, list[QuizItem]]:
+    """Return the items of several quiz files by the file's name."""
+    return {Path(path).stem: load_quiz(path) for path in paths}
+
+
+@contextmanager
+def before_and_after(
+    loaded: "Loaded", quizzes: dict[str, list[QuizItem]], runtime: "Runtime"
+) -> Iterator[None]:
+    """Take the quizzes, run the block that trains the model, take them again, tell both."""
+    loaded.model.to(runtime.device)
+    before = {name: take_quiz(loaded, items) for name, items in quizzes.items()}
+    for name, result in before.items():
+        runtime.log(f"quiz        {name}: {score_line(result)} before training")
+    yield
+    for name, items in quizzes.items():
+        after = take_quiz(loaded, items)
+        points = 100 * (after.accuracy - before[name].accuracy)
+        runtime.log(
+            f"quiz        {name}: {score_line(before[name])} before, {score_line(after)} after "
+            f"({points:+.1f} points)"
+        )
+
+
+def score_line(result: QuizResult) -> str:
+    """Return right, asked and their share for people."""
+    return f"{result.n_right}/{result.n_asked} ({100 * result.accuracy:.1f} %)"

@@ -150,6 +150,7 @@ def conversations_of(batch: Batch, tally: Tally) -> Iterator[tuple[Place, list[M
         except BadRecord as bad:
             tally.skip(bad.reason, place, bad.detail)
         else:
+            tally.forms[conversation_form(record)] += 1
             yield place, messages
 
 
@@ -161,9 +162,29 @@ def preferences_of(batch: Batch, tally: Tally) -> Iterator[tuple[Place, dict[str
         except BadRecord as bad:
             tally.skip(bad.reason, place, bad.detail)
             continue
+        tally.forms[preference_form(record)] += 1
         tally.extra += len(pairs) - 1
         for pair in pairs:
             yield place, pair
+
+
+def conversation_form(row: dict[str, Any]) -> str:
+    """Return the name of the form in which a row holds a conversation."""
+    if "messages" in row:
+        return "messages"
+    if "conversations" in row:
+        return "ShareGPT conversations"
+    return "columns history, q, a" if "q" in row else "instruction, input, output"
+
+
+def preference_form(row: dict[str, Any]) -> str:
+    """Return the name of the form in which a row holds preferences."""
+    if "chosen" not in row:
+        return "instruction and ranked answers"
+    if "conversations" in row or "messages" in row:
+        return "conversations, chosen, rejected"
+    rejected = "reject" if "reject" in row and "rejected" not in row else "rejected"
+    return f"{'prompt' if 'prompt' in row else 'instruction'}, chosen, {rejected}"
 
 
 def _noter(place: Place, tally: Tally) -> Note:

@@ -1,5 +1,6 @@
 """Counts of what was read, and of what was lost or changed on the way: reasons and first places."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -57,13 +58,14 @@ class Cases:
 class Tally:
     """Counts of what was read and of what was skipped, filtered out or changed, by reason.
 
-    ``skipped`` records could not be used, ``filtered`` rows were good but not wanted, ``changed``
-    rows were kept in another form. ``extra`` counts rows beyond one per record (ranked answers give
-    several pairs).
+    ``forms`` counts what the good records were read as. ``skipped`` records could not be used,
+    ``filtered`` rows were good but not wanted, ``changed`` rows were kept in another form.
+    ``extra`` counts rows beyond one per record (ranked answers give several pairs).
     """
 
     read: int = 0
     extra: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
     skipped: dict[str, Cases] = field(default_factory=dict)
     filtered: dict[str, Cases] = field(default_factory=dict)
     changed: dict[str, Cases] = field(default_factory=dict)
@@ -99,6 +101,7 @@ class Tally:
         """Add the counts of ``other``, which came later in the file."""
         self.read += other.read
         self.extra += other.extra
+        self.forms += other.forms
         for name in ("skipped", "filtered", "changed"):
             mine: dict[str, Cases] = getattr(self, name)
             for reason, cases in getattr(other, name).items():
@@ -112,6 +115,9 @@ class Tally:
         if self.extra:
             head += f", which gave {self.usable:,} rows"
         lines = [f"{head}; kept {self.kept:,}"]
+        if self.forms:
+            forms = ", ".join(f"{form} ({n:,})" for form, n in self.forms.most_common())
+            lines.append(f"  read as {forms}")
         for title in ("skipped", "filtered", "changed"):
             reasons: dict[str, Cases] = getattr(self, title)
             if not reasons:

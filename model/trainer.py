@@ -38,6 +38,7 @@ class Data(Protocol):
     """What the loop needs of a stage's data."""
 
     n_rows: int
+    row_positions: int
     fingerprint: dict[str, Any]
 
     def batch(self, rows: np.ndarray) -> Batch: ...
@@ -159,7 +160,7 @@ class Run:
         if self.warmup is None:
             self.warmup = min(MAX_WARMUP, math.ceil(WARMUP_SHARE * self.n_steps))
         self.peak_flops: float | None = None
-        self.cost = model_cost(model, model.config.max_seq_len)
+        self.cost = model_cost(model, data.row_positions)
 
     # ------------------------------------------------------------------------- the whole run
 
@@ -384,7 +385,7 @@ class Run:
     def report(self) -> None:
         """Say what the run is about to do; refuse what cannot end well."""
         args, runtime, model = self.args, self.runtime, self.model
-        T = model.config.max_seq_len
+        T = self.data.row_positions
         tokens_per_batch = args.batch_size * T
         memory = training_memory(model, tokens_per_batch, runtime.dtype.itemsize)
         n_trained = sum(p.numel() for p in self.parameters)
@@ -404,7 +405,7 @@ class Run:
         log(f"run         {self.name} ({args.recipe} recipe, seed {args.seed})")
         log(
             f"model       {self.cost.n_params:,} parameters ({n_trained:,} trained, "
-            f"{human(self.cost.n_active)} active a token), context {T}"
+            f"{human(self.cost.n_active)} active a token), context {model.config.max_seq_len}"
         )
         log(f"data        {self.data.describe()}")
         log(

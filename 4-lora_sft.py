@@ -1,0 +1,80 @@
+"""Stage 4, an adapter for your own data: python 4-lora_sft.py --data_path my.jsonl
+
+Freezes the fine-tuned model and trains small low-rank matrices beside its layers (LoRA). Reads
+{"messages": […]}, ShareGPT conversations, alpaca instruction/input/output, or the CSVs of
+data_process.py, and says how it read them. Leaves an adapter in PEFT's format in out/lora_<dim>/:
+python 2-eval.py --lora out/lora_512 --interactive
+
+The example that ships makes the demo model another one, and measures what it costs:
+python 4-lora_sft.py --data_path dataset/demo/identity.jsonl --out_dir out/demo \\
+    --init_from out/demo/multi_chat/full_sft_192.pth --batch_size 4 \\
+    --quiz dataset/demo/identity_quiz.jsonl dataset/demo/quiz.jsonl
+"""
+
+import argparse
+from pathlib import Path
+
+from model.flags import lora_flags, parse_training_args, quiz_flag, run_main, training_parser
+
+SAMPLE_CHAT = [{"role": "user", "content": "你是谁？"}]  # answered after each validation
+ENOUGH_UPDATES = 200  # what a few dozen rows take to be learnt; --epochs says otherwise
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = training_parser(
+        __doc__,
+        data_path="dataset/sft_data_single.csv",
+        epochs=3.0,
+        learning_rate=5e-4,
+        weight_decay=0.0,
+        v1={"epochs": 20.0, "batch_size": 32, "accumulation_steps": 1},
+    )
+    lora = lora_flags(parser)
+    lora.add_argument("--lora", metavar="FOLDER", help="an adapter to go on with (default: new)")
+    quiz_flag(parser)
+    return parse_training_args(parser, argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    from model.checkpoint import start_adapter, start_model  # torch comes in here
+    from model.dataset import sft_data
+    from model.lora import describe
+    from model.quiz import before_and_after, load_quizzes
+    from model.runtime import setup
+    from model.trainer import train
+
+    quizzes = load_quizzes(args.quiz)
+    runtime = setup(args.device, args.dtype, args.seed, args.num_workers)
+    start = start_model(args, after="full_sft_single")
+    runtime.log(f"starting from {start.path or 'random weights'}")
+    data = sft_data(
+        Path(args.data_path),
+        start.tokenizer,
+        start.model.config.max_seq_len,
+        val_path=args.val_data_path and Path(args.val_data_path),
+        recipe=args.recipe,
+        log=runtime.log,
+    )
+    if args.show_samples:
+        print(data.show(args.show_samples, args.seed))
+        return 0
+    if "epochs" in args.from_recipe and args.recipe == "best":
+        n_update = args.batch_size * args.accumulation_steps
+        args.epochs = max(args.epochs, ENOUGH_UPDATES * n_update / data.n_rows)
+    start_adapter(start, args, runtime.dtype)
+    runtime.log(f"adapter     {describe(start.model)}")
+    with before_and_after(start, {} if args.dry_run else quizzes, runtime):
+        return train(
+            start,
+            data,
+            args,
+            runtime,
+            stage="lora",
+            sample_prompt=start.tokenizer.encode_chat(SAMPLE_CHAT, add_generation_prompt=True),
+            validate_first=True,
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
