@@ -73,6 +73,7 @@ class LoRALinear(nn.Linear):
         nn.init.normal_(self.lora_A, std=linear.in_features**-0.5)
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., rank)
@@ -172,7 +173,7 @@ def save_adapter(model: nn.Module, folder: Path, base: Path | None) -> None:
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "lora_dropout": layers[first].dropout.p,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers}),
+        "target_modules": _targets_of(model, set(layers)),
         "inference_mode": True,
         **PLAIN,
     }
@@ -187,6 +188,17 @@ def save_adapter(model: nn.Module, folder: Path, base: Path | None) -> None:
     with atomic_write(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(config, indent=1) + "\n", "utf-8")
     sync(folder)
+
+
+def _targets_of(model: nn.Module, names: set[str]) -> list[str]:
+    """Return the last names of layers where they say it all, whole names otherwise."""
+    last = {name.rsplit(".", 1)[-1] for name in names}
+    meant = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in last
+    }
+    return sorted(last if meant == names else names)
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -253,7 +265,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         with torch.no_grad():
             adapted.lora_A.copy_(a)
             adapted.lora_B.copy_(b)
-        _replace(model, name, adapted.train(layer.training))
+        _replace(model, name, adapted)
 
 
 def _alpha_of(name: str, config: dict[str, Any]) -> float:
