@@ -65,7 +65,9 @@ def test_a_stages_own_sums_are_reported_as_means(build: Build) -> None:
     batches = batches_of(1, 2)
     n_units = sum(batch.n_units for batch in batches)
     result = evaluate(build(), batches, loss_fn, CPU)
-    assert result["val_loss"] == pytest.approx(2.0) and result["val_wins"] == pytest.approx(6 / n_units)
+    assert result["val_loss"] == pytest.approx(2.0) and result["val_wins"] == pytest.approx(
+        6 / n_units
+    )
 
 
 def test_nothing_to_measure_on_is_no_result(build: Build) -> None:
