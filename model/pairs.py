@@ -36,6 +36,8 @@ from .tally import Tally
 from .tokenizer import Message, Tokenizer
 from .tokens import StoreKey, TokenStore
 
+TELL_EVERY_S = 15
+
 
 def pair_store(
     path: Path, tokenizer: Tokenizer, *, max_tokens: int, log: Log = print
@@ -257,13 +259,16 @@ def stored_reference(store: TokenStore, model: nn.Module, digest: str, runtime: 
 @torch.no_grad()
 def measure_logps(store: TokenStore, model: nn.Module, runtime: Any) -> np.ndarray:
     """Return the log probability of each answer under ``model``: (n_documents, 2) fp32."""
-    from tqdm import tqdm
-
     values = np.zeros((store.n_documents, 2), np.float32)
     was_training = model.training
     model.eval()
     groups = list(length_groups(store, np.arange(store.n_documents)))
-    for numbers in tqdm(groups, desc="reference", unit="batch", leave=False, disable=None):
+    n_done, told = 0, time.monotonic()
+    for numbers in groups:
+        if time.monotonic() - told > TELL_EVERY_S:
+            told = time.monotonic()
+            runtime.log(f"reference   {n_done:,} of {store.n_documents:,} pairs measured")
+        n_done += len(numbers)
         batch = padded_pairs(store, numbers).to(runtime.device)
         with runtime.autocast():
             logits = run_model(model, batch).logits
