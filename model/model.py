@@ -388,14 +388,15 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             )
             all_weights.append(weights)
             if balance is not None:
-                balance_losses.append(balance.to(x.device))
+                balance_losses.append(balance)
         x = self.norm(x)
         return HiddenStatesOutput(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*all_states, x) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
-            balance_loss=sum(balance_losses) if balance_losses else None,
+            # layers may live on several devices
+            balance_loss=sum(b.to(x.device) for b in balance_losses) if balance_losses else None,
         )
 
     # transformers asks its base model for parallel plans; there are none
@@ -421,7 +422,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
 
         ``labels`` (B, T) are the inputs themselves, -100 where nothing is learnt; they are shifted
         here. The loss is the mean in nats per label plus, in training, an MoE's balance loss
-        (``aux_loss``). The other arguments are those of :meth:`hidden_states`.
+        (``aux_loss``); with ``num_items_in_batch``, the labels of a whole accumulated batch, it is
+        this part's share of both. The other arguments are those of :meth:`hidden_states`.
         """
         out = self.hidden_states(
             input_ids=input_ids,
@@ -441,7 +443,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             if out.balance_loss is not None:
-                loss = loss + out.balance_loss
+                balance = part_of_batch(out.balance_loss, labels, **kwargs)
+                loss = loss + balance.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=out.balance_loss,
@@ -450,6 +453,25 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
+
+
+def part_of_batch(
+    balance_loss: Tensor,
+    labels: Tensor | None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Weigh the balance loss by how many of an accumulated batch's labels are these.
+
+    ``Trainer`` adds up the losses of its micro-batches as they are, so each may bring only its part
+    of what is a mean over all.
+    """
+    if num_items_in_batch is None:
+        return balance_loss
+    targets = labels[:, 1:] if shift_labels is None else shift_labels
+    share = (targets != -100).sum() / num_items_in_batch
+    return balance_loss * share.to(balance_loss.device)
 
 
 def build_mask(attention_mask: Tensor | None, past: int | Tensor, T: int, x: Tensor) -> MaskFor:
