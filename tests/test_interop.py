@@ -6,10 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from tiny_runs import write_tokenizer
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, EvalPrediction, Trainer, TrainingArguments, pipeline
 
+from model.generation import Answer, SamplingOptions, generate
 from model.model import MiniMindForCausalLM
+from model.tokenizer import Tokenizer
 
 Build = Callable[..., MiniMindForCausalLM]
 CLOSE = dict(rtol=0, atol=1e-5)  # the same sums in another order, fp32
@@ -76,3 +82,140 @@ def test_trainer_takes_the_steps_of_plain_torch(
     assert expected_losses[-1] < expected_losses[0] - 0.1
     assert losses(trainer) == pytest.approx(expected_losses, abs=1e-4)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@either_model
+def test_a_checkpoint_of_trainer_resumes_to_the_same_weights(
+    build: Build, tmp_path: Path, use_moe: bool
+) -> None:
+    def trainer(folder: str, model: MiniMindForCausalLM) -> Trainer:
+        settings = arguments(
+            tmp_path / folder, max_steps=6, save_steps=3, per_device_train_batch_size=4,
+            learning_rate=1e-3,
+        )  # fmt: skip
+        return Trainer(model, settings, train_dataset=rows_of(lambda row: 2))
+
+    # dropout: the place in the random numbers must come back too; 6 steps end in a second epoch
+    whole = trainer("whole", build(use_moe=use_moe, dropout=0.1))
+    whole.train()
+    resumed = trainer("resumed", build(seed=1, use_moe=use_moe, dropout=0.1))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    assert losses(resumed)[-3:] == losses(whole)[-3:]
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+    folder = tmp_path / "whole/checkpoint-6"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert "tok_embeddings.weight" in file.keys() and "output.weight" not in file.keys()
+    again = MiniMindForCausalLM.from_pretrained(folder)
+    assert again.output.weight is again.tok_embeddings.weight
+    ids = rows_of(lambda row: 0)[0]["input_ids"][None]
+    torch.testing.assert_close(again(ids).logits, whole.model.eval()(ids).logits, rtol=0, atol=0)
+
+
+@either_model
+def test_trainer_evaluates_without_the_balance_loss(
+    build: Build, tmp_path: Path, use_moe: bool
+) -> None:
+    model, rows = build(use_moe=use_moe, dropout=0.3), rows_of(lambda row: row % 8)
+    seen = []
+
+    def measure(prediction: EvalPrediction) -> dict[str, float]:
+        seen.append(prediction)
+        return {"accuracy": 0.5}
+
+    trainer = Trainer(
+        model.train(),
+        arguments(tmp_path, per_device_eval_batch_size=1),  # batches have equal weights there
+        eval_dataset=rows,
+        compute_metrics=measure,
+    )
+    result = trainer.evaluate()
+    model.eval()
+    batch = stacked(rows)
+    logits = model(batch["input_ids"]).logits
+    per_row = [
+        F.cross_entropy(row[:-1], labels[1:])
+        for row, labels in zip(logits, batch["labels"], strict=True)
+    ]
+    assert result["eval_loss"] == pytest.approx(torch.stack(per_row).mean().item(), abs=1e-5)
+    assert result["eval_accuracy"] == 0.5
+    (prediction,) = seen
+    torch.testing.assert_close(torch.tensor(prediction.predictions), logits, **CLOSE)
+    assert prediction.label_ids.tolist() == batch["labels"].tolist()
+
+
+# Pipelines
+
+CHATS = (
+    ("北京", "city 山 水"),
+    ("who walks quickly", "the river sings 。"),
+    ("长江 and 黄河 , the mountain", "river mountain"),
+    ("唱歌 !", "北京 walks"),
+)
+
+
+@pytest.mark.slow
+@either_model
+def test_a_pipeline_chats_as_we_do(tmp_path: Path, build: Build, use_moe: bool) -> None:
+    """A model that has learnt four answers, of four lengths after prompts of four lengths."""
+    folder = write_tokenizer(tmp_path)
+    ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    chats = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in CHATS
+    ]
+    encoded = [ours.encode_chat_masked(chat) for chat in chats]
+    ids, is_answer = (pad_sequence([torch.tensor(c[i]) for c in encoded], True) for i in (0, 1))
+    model = build(use_moe=use_moe, vocab_size=300).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        model(ids, labels=ids.masked_fill(~is_answer, -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+    chat = pipeline("text-generation", model=model, tokenizer=theirs)
+    prompts = [chat[:1] for chat in chats]
+    greedy = dict(max_new_tokens=24, do_sample=False)
+    alone = [chat(prompt, **greedy)[0]["generated_text"] for prompt in prompts]
+    assert alone == chats  # whole, and nothing after the end token
+    assert [
+        [r["generated_text"] for r in row] for row in chat(prompts, batch_size=4, **greedy)
+    ] == [[answer] for answer in chats]
+    for prompt, (_, expected) in zip(prompts, CHATS, strict=True):
+        prompt_ids = ours.encode_chat(prompt, add_generation_prompt=True)
+        options = SamplingOptions(max_new_tokens=24, temperature=0)
+        answer = Answer(ours, generate(model, prompt_ids, options))
+        assert ("".join(answer), answer.finish_reason) == (expected, "stop")
+    # before it knows when to end, the texts are as equal
+    model = build(use_moe=use_moe, vocab_size=300)
+    chat = pipeline("text-generation", model=model, tokenizer=theirs)
+    for prompt in prompts:
+        prompt_ids = ours.encode_chat(prompt, add_generation_prompt=True)
+        tokens = generate(model, prompt_ids, SamplingOptions(max_new_tokens=24, temperature=0))
+        text = "".join(Answer(ours, tokens))
+        assert text and chat(prompt, **greedy)[0]["generated_text"][-1]["content"] == text
+
+
+# Devices
+
+
+@either_model
+@pytest.mark.parametrize("where", ("cpu", "half on disk"))
+def test_a_device_map_changes_no_logit(
+    build: Build, tmp_path: Path, use_moe: bool, where: str
+) -> None:
+    model = build(use_moe=use_moe, n_layers=3, rope_scaling="yarn:4")
+    model.save_pretrained(tmp_path)
+    settings: dict[str, Any] = {"device_map": "cpu"}
+    if where == "half on disk":
+        n_bytes = sum(4 * p.numel() for p in model.parameters())
+        settings = dict(
+            device_map="auto", max_memory={"cpu": n_bytes // 2}, offload_folder=tmp_path / "rest"
+        )
+    spread = MiniMindForCausalLM.from_pretrained(tmp_path, **settings)
+    devices = {p.device.type for p in spread.parameters()}
+    assert devices == ({"cpu"} if where == "cpu" else {"cpu", "meta"})
+    ids = stacked(rows_of(lambda row: 0))["input_ids"][:2]
+    torch.testing.assert_close(spread(ids).logits, model(ids).logits, rtol=0, atol=0)
+    greedy = dict(max_new_tokens=8, do_sample=False)
+    assert spread.generate(ids, **greedy).tolist() == model.generate(ids, **greedy).tolist()

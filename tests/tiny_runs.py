@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,8 +39,13 @@ def sentence(source: random.Random, n_words: int) -> str:
 
 
 def write_tokenizer(folder: Path, vocab_size: int = 300) -> Path:
-    """Train a tokenizer of the project's kind; so small that a step takes milliseconds."""
+    """Train a tokenizer of the project's kind; so small that a step takes milliseconds.
+
+    With the shipped chat template, for whoever loads the folder with ``transformers``.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from model.tokenizer import DEFAULT_TOKENIZER
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -53,6 +59,7 @@ def write_tokenizer(folder: Path, vocab_size: int = 300) -> Path:
     bpe.train_from_iterator([WORDS, "user assistant"] * 9, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"))
+    shutil.copy(DEFAULT_TOKENIZER / "tokenizer_config.json", folder)
     return folder
 
 
