@@ -604,33 +604,3 @@ def test_a_compiled_model_is_the_model(build: Build, use_moe: bool, backend: str
     torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
     torch.testing.assert_close(got.loss, expected.loss, **CLOSE)
     torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, gradients, **CLOSE)
-
-
-@pytest.mark.slow
-@either_model
-def test_transformers_trainer_and_peft_take_the_model(
-    build: Build, tmp_path: Path, use_moe: bool
-) -> None:
-    peft = pytest.importorskip("peft")
-    pytest.importorskip("accelerate")
-    from transformers import Trainer, TrainingArguments
-
-    model, ids = build(use_moe=use_moe), tokens(8, 16)
-    frozen = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["wq", "wv"]))
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=20, learning_rate=0.02, per_device_train_batch_size=8,
-        report_to="none", use_cpu=True, disable_tqdm=True, gradient_checkpointing=True,
-        logging_steps=1,
-    )  # fmt: skip
-    rows = [{"input_ids": row, "labels": row} for row in ids]
-    trainer = Trainer(adapted, arguments, train_dataset=rows)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.8 * losses[0]
-    adapted.eval()
-    expected = adapted(input_ids=ids).logits
-    merged = adapted.merge_and_unload()
-    torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-4)
-    changed = [name for name, t in merged.state_dict().items() if not torch.equal(t, frozen[name])]
-    assert changed and all(name.endswith(("wq.weight", "wv.weight")) for name in changed)
