@@ -243,7 +243,7 @@ def option_logprobs(
         states = out.last_hidden_state[row_of, column_of]
         logprobs = target_logprobs(model, states, torch.tensor(targets, device=device))
         sums = torch.zeros(n_options, dtype=torch.float64)
-        sums.index_add_(0, torch.tensor(owners), logprobs.double().cpu())
+        sums.index_add_(0, torch.tensor(owners), logprobs.cpu().double())  # MPS has no fp64
         values = iter(sums.tolist())
         for index in group:
             result[index] = [next(values) for _ in options[index]]
@@ -369,5 +369,5 @@ def window_bits(
         )  # fmt: skip
         targets = [token for ids, w in members for token in ids[w.first : w.stop]]
         logprobs = target_logprobs(model, scored, torch.tensor(targets, device=model.device))
-        nats -= float(logprobs.double().sum())
+        nats -= float(logprobs.cpu().double().sum())
     return nats / math.log(2)
