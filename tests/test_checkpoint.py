@@ -376,12 +376,14 @@ MOE = LMConfig(dim=64, n_heads=4, n_kv_heads=2, use_moe=True)
 
 
 def test_names_are_v1s() -> None:
-    stages = ("pretrain", *STAGES)
+    stages = ("pretrain", *STAGES, "lora", "lora_dpo")
     assert {stage: weights_path("out", stage, LMConfig()).as_posix() for stage in stages} == {
         "pretrain": "out/pretrain_512.pth",
         "full_sft_single": "out/single_chat/full_sft_512.pth",
         "full_sft_multi": "out/multi_chat/full_sft_512.pth",
         "dpo": "out/rl_512.pth",
+        "lora": "out/lora_512",  # folders in PEFT's format
+        "lora_dpo": "out/lora_rl_512",
     }
     assert weights_path("out", "dpo", MOE).name == "rl_64_moe.pth"
     assert weights_path("out", "dpo", MOE, "mine").name == "rl_64_moe_mine.pth"

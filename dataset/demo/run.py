@@ -1,8 +1,9 @@
 """The main job in small, on a CPU, in minutes: python dataset/demo/run.py  (or: make demo)
 
-Demo corpus -> tables -> tokens -> pretraining -> fine-tuning -> quiz -> a chat. Every stage is a
-command of the project, printed before it runs, so that each can be run again by hand. Weights go
-to out/demo/. Stopped and started again, it goes on where it was; done, it only asks the quiz.
+Demo corpus -> tables -> tokens -> pretraining -> fine-tuning -> preferences -> quiz -> a chat.
+Every stage is a command of the project, printed before it runs, so that each can be run again by
+hand. Weights go to out/demo/. Stopped and started again, it goes on where it was; done, it only
+asks the quiz.
 """
 
 import argparse
@@ -29,13 +30,16 @@ SFT_FILES = f"{DEMO}/sft_single.jsonl {DEMO}/sft_multi.jsonl"
 STAGES = (
     f"data_process.py pretrain --input {DEMO}/pretrain.jsonl --output {DATA}/pretrain_data.csv",
     f"data_process.py sft --input {SFT_FILES} --output {DATA}/sft_data.csv",
+    f"data_process.py rl --input {DEMO}/dpo.jsonl --output {DATA}/dpo.json",
+    f"data_process.py rl --input {DEMO}/dpo_heldout.jsonl --output {DATA}/dpo_heldout.json",
     f"1-pretrain.py --data_path {DATA}/pretrain_data.csv {SIZE} {COMMON} --epochs 8 --resume",
     f"3-full_sft.py --data_path {DATA}/sft_data.csv --init_from {OUT}/pretrain_192.pth {COMMON} "
     "--epochs 4 --learning_rate 2e-3 --resume",
+    f"5-dpo_train.py --data_path {DATA}/dpo.json --val_data_path {DATA}/dpo_heldout.json "
+    f"--init_from {OUT}/multi_chat/full_sft_192.pth {COMMON} --learning_rate 1e-4 --resume",
 )
-WEIGHTS = OUT / "multi_chat/full_sft_192.pth"
+WEIGHTS = OUT / "rl_192.pth"
 CHAT = ("你好", "你是谁？", "法国的首都是哪里？", "那日本呢？", "谢谢")
-MAX_ANSWER_TOKENS = 64
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,24 +76,17 @@ def forget_other_settings() -> None:
 def show_results() -> int:
     """Ask the quiz and hold a short chat with the weights just made."""
     from model.checkpoint import load_for_inference
-    from model.generation import SamplingOptions, generate, stream_text
-    from model.quiz import Message, load_quiz, run_quiz
+    from model.quiz import Message, answer_greedily, load_quiz, take_quiz
 
     parser = argparse.ArgumentParser()
     weights_flags(parser)
     loaded = load_for_inference(parser.parse_args(["--weights", str(ROOT / WEIGHTS)]))
-    options = SamplingOptions(temperature=0, max_new_tokens=MAX_ANSWER_TOKENS)
-
-    def answer(messages: list[Message]) -> str:
-        prompt = loaded.tokenizer.encode_chat(messages, add_generation_prompt=True)
-        return "".join(stream_text(loaded.tokenizer, generate(loaded.model, prompt, options)))
-
-    result = run_quiz(load_quiz(ROOT / DEMO / "quiz.jsonl"), answer)
+    result = take_quiz(loaded, load_quiz(ROOT / DEMO / "quiz.jsonl"))
     print(f"\na chat with {WEIGHTS}")
     messages: list[Message] = []
     for question in CHAT:
         messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer(messages)})
+        messages.append({"role": "assistant", "content": answer_greedily(loaded, messages)})
         print(f"  问：{question}\n  答：{messages[-1]['content']}")
     print("\nthe quiz: questions that were kept out of training, right / asked")
     for relation, (n_right, n_asked) in sorted(result.by_relation.items()):
