@@ -77,46 +77,55 @@ def export(
         dtype = "float16" if quantize else "float32"
     if kind == "gguf":
         check_quantize(quantize)
-    state, config = loaded.model.state_dict(), loaded.model.config
+    state = cast(loaded.model.state_dict(), DTYPES[dtype])
+    config, tokenizer = loaded.model.config, loaded.tokenizer
+    is_file = output.suffix == ".gguf"
+    place = output.parent if is_file else output
     made = Export()
     with written_whole(output) as folder:
         if kind == "gguf":
-            name = output.name if output.suffix == ".gguf" else f"{output.name}-{quantize or FLOATS[dtype].lower()}"
-            stem = name.removesuffix(".gguf")
-            recipe = f"{stem}.Modelfile" if output.suffix == ".gguf" else "Modelfile"
-            place = output.parent if output.suffix == ".gguf" else output
-            check_fits(state, dtype)
-            state = cast(state, torch.float32)
+            stem = output.stem if is_file else f"{output.name}-{quantize or FLOATS[dtype].lower()}"
+            recipe = f"{stem}.Modelfile" if is_file else "Modelfile"
+            # blocks are made from what was trained, not from what a smaller float kept of it
+            state = cast(loaded.model.state_dict(), torch.float32)
             made.notes = write_gguf(
-                folder / f"{stem}.gguf",
-                state,
-                config,
-                loaded.tokenizer,
-                dtype=dtype,
-                quantize=quantize,
+                folder / f"{stem}.gguf", state, config, tokenizer, dtype=dtype, quantize=quantize
             )
             (folder / recipe).write_text(modelfile(f"{stem}.gguf", config), "utf-8")
-            made.usage = [
-                f"llama.cpp: llama-cli -m {place / stem}.gguf -cnv --jinja",
-                f"ollama: ollama create minimind -f {place / recipe} && ollama run minimind",
-            ]
         else:
             write = {"minimind": write_minimind, "llama": write_llama}[kind]
-            write(folder, cast(state, DTYPES[dtype]), config, loaded.tokenizer, binary=binary)
-            trusted = ", trust_remote_code=True" if kind == "minimind" else ""
-            made.usage = [
-                "transformers: AutoModelForCausalLM.from_pretrained("
-                f'"{hub_name or output}"{trusted}), AutoTokenizer.from_pretrained('
-                f'"{hub_name or output}")'
-            ]
+            write(folder, state, config, tokenizer, binary=binary)
         if hub_name:
             n_params = sum(parameter.numel() for parameter in loaded.model.parameters())
-            card = model_card(hub_name, config, n_params, made.usage)
+            usage = usage_from_hub(kind, hub_name)
+            card = model_card(hub_name, config, n_params, usage)
             (folder / "README.md").write_text(card, "utf-8")
-        names = sorted(path.name for path in folder.iterdir())
-    place = output.parent if output.suffix == ".gguf" else output
-    made.files = [place / name for name in names]
+        made.files = sorted(place / path.name for path in folder.iterdir())
+    if kind == "gguf":
+        made.usage = [
+            f"llama.cpp: llama-cli -m {place / stem}.gguf -cnv --jinja",
+            f"ollama: ollama create minimind -f {place / recipe} && ollama run minimind",
+        ]
+    else:
+        made.usage = [f"transformers: {line}" for line in usage_in_python(kind, str(output))]
     return made
+
+
+def usage_in_python(kind: str, name: str) -> list[str]:
+    """Return how transformers loads a folder, or a repository of the hub."""
+    trusted = ", trust_remote_code=True" if kind == "minimind" else ""
+    classes = ("AutoModelForCausalLM", "AutoTokenizer")
+    return [f'{auto}.from_pretrained("{name}"{trusted})' for auto in classes]
+
+
+def usage_from_hub(kind: str, name: str) -> list[str]:
+    """Return how others load what was pushed."""
+    if kind == "gguf":
+        return [f"llama-cli -hf {name} -cnv --jinja", f"ollama run hf.co/{name}"]
+    return ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""] + [
+        f"{variable} = {line}"
+        for variable, line in zip(("model", "tokenizer"), usage_in_python(kind, name), strict=True)
+    ]
 
 
 def check_quantize(kind: str | None) -> None:
@@ -136,11 +145,6 @@ def check_quantize(kind: str | None) -> None:
             f"--quantize {kind} is not offered: use one of {', '.join(offered)}; for K-quants "
             "export without --quantize and run llama.cpp's llama-quantize on the file"
         )
-
-
-def check_fits(state: StateDict, dtype: str) -> None:
-    """Refuse weights that are not finite in ``dtype``."""
-    cast(state, DTYPES[dtype])
 
 
 def cast(state: StateDict, dtype: torch.dtype) -> StateDict:

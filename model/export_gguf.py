@@ -262,7 +262,7 @@ def modelfile(gguf_name: str, config: LMConfig) -> str:
     """Return the file of ``ollama create NAME -f Modelfile``; it samples as ``2-eval.py`` does."""
     quoted = f'"""{OLLAMA_TEMPLATE}"""'
     return (
-        f"FROM ./{gguf_name}\nTEMPLATE {quoted}\nPARAMETER stop </s>\nPARAMETER stop <s>\n"
+        f'FROM ./{gguf_name}\nTEMPLATE {quoted}\nPARAMETER stop "</s>"\nPARAMETER stop "<s>"\n'
         f"PARAMETER num_ctx {config.max_seq_len}\nPARAMETER temperature 0.7\nPARAMETER top_k 16\n"
     )
 

@@ -1,5 +1,6 @@
 """Exported folders on a hub of models: a card, and the upload by ``huggingface_hub``."""
 
+import os
 from pathlib import Path
 
 from .LMConfig import LMConfig
@@ -48,14 +49,14 @@ def push(folder: Path, name: str) -> str:
     Raises:
         OSError: no network, no token, or refused; the folder stays.
     """
-    import httpx
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever it uses
 
-    api = HfApi()
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     try:
         address = api.create_repo(name, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=name, commit_message="Upload MiniMind")
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"{folder} is written, but not pushed to {name} on {api.endpoint}: {reason[:300]}; set "

@@ -5,6 +5,7 @@ turns the two halves of a head where v1 turns neighbouring pairs; ERNIE turns pa
 same router (softmax, top k, normalised) and the same shared experts (one SwiGLU of their width).
 """
 
+import re
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .LMConfig import LMConfig
 
 StateDict = dict[str, Tensor]
 
-PARTS = {  # ours to theirs, within a name
+PARTS = {  # ours to theirs, within a layer or above all
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
@@ -30,6 +31,7 @@ PARTS = {  # ours to theirs, within a name
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "tok_embeddings": "embed_tokens",
+    "norm": "norm",
 }
 ROUTER_BIAS = "mlp.gate.moe_statics.e_score_correction_bias"  # ERNIE's; zero adds nothing
 
@@ -44,6 +46,12 @@ def to_pairs(weight: Tensor, head_dim: int) -> Tensor:
     """Undo :func:`to_halves`."""
     halves = weight.view(-1, 2, head_dim // 2, weight.shape[1])  # (heads, member, pair, D)
     return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def renamed(name: str, parts: dict[str, str]) -> str:
+    """Return a parameter's name with its part renamed; an unknown one stays, to be refused."""
+    layer, stem = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups(default="")
+    return f"{layer}{parts[stem]}.weight" if stem in parts else name
 
 
 # ----------------------------------------------------------------------------- there
@@ -103,9 +111,8 @@ def to_peer(state: StateDict, config: LMConfig) -> StateDict:
             continue  # below, all of a layer in one
         if name.endswith(("wq.weight", "wk.weight")) and not config.use_moe:
             tensor = to_halves(tensor, config.head_dim)
-        for ours, theirs in PARTS.items():
-            name = name.replace(ours, theirs)
-        result["lm_head.weight" if name == "output.weight" else f"model.{name}"] = tensor
+        theirs = "lm_head.weight" if name == "output.weight" else f"model.{renamed(name, PARTS)}"
+        result[theirs] = tensor
     for i in range(config.n_layers if config.use_moe else 0):
         w1, w2, w3 = (stacked(state, i, w, config.n_routed_experts) for w in ("w1", "w2", "w3"))
         result[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.cat((w1, w3), dim=1)
@@ -196,8 +203,8 @@ def from_peer(state: StateDict, config: LMConfig) -> StateDict:
                 raise ValueError(f"our model has no bias on the router, and {name} is not zero")
             continue
         name = name.removeprefix("model.")
-        for ours, theirs in PARTS.items():
-            name = name.replace(theirs, ours)
+        if ".mlp.experts." not in name:
+            name = renamed(name, {theirs: ours for ours, theirs in PARTS.items()})
         if name.endswith(("wq.weight", "wk.weight")) and not config.use_moe:
             tensor = to_pairs(tensor, config.head_dim)
         if ".mlp.experts." not in name:
