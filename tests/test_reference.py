@@ -1,12 +1,14 @@
 """The model against transformers' Llama and Mixtral, and against v1's mathematics."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from model.llama import peer_config, to_peer
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 
@@ -18,58 +20,11 @@ def tokens(B: int = 2, T: int = 12, seed: int = 1) -> Tensor:
     return torch.randint(3, 100, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def to_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rows of wq or wk in each head: from neighbouring pairs to Llama's two halves."""
-    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])  # (heads, pair, member, D)
-    return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-def as_llama(state: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
-    """Give the tensors of a dense model (weights or gradients) Llama's names and order."""
-    names = {
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "tok_embeddings": "embed_tokens",
-    }
-    result = {}
-    for name, tensor in state.items():
-        if name.endswith(("wq.weight", "wk.weight")):
-            tensor = to_halves(tensor, head_dim)
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        result["lm_head.weight" if name == "output.weight" else f"model.{name}"] = tensor
-    return result
-
-
-def peer_fields(config: LMConfig) -> dict[str, object]:
-    return dict(
-        vocab_size=config.vocab_size,
-        hidden_size=config.dim,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        intermediate_size=config.hidden_dim,
-        max_position_embeddings=config.max_seq_len,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters=dict(config.rope_parameters),
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        attn_implementation="eager",
-    )
-
-
 def llama_of(model: MiniMindForCausalLM) -> LlamaForCausalLM:
-    llama = LlamaForCausalLM(LlamaConfig(**peer_fields(model.config))).eval()
-    llama.load_state_dict(as_llama(model.state_dict(), model.config.head_dim))
+    config = peer_config(model.config)
+    config._attn_implementation = "eager"
+    llama = LlamaForCausalLM(config).eval()
+    llama.load_state_dict(to_peer(model.state_dict(), model.config))
     return llama
 
 
@@ -90,7 +45,7 @@ def test_logits_loss_and_gradients_are_llamas(
     theirs.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     expected = {name: p.grad for name, p in llama.named_parameters()}
-    torch.testing.assert_close(as_llama(gradients, model.config.head_dim), expected, **CLOSE)
+    torch.testing.assert_close(to_peer(gradients, model.config), expected, **CLOSE)
 
 
 def test_another_rope_theta_is_llamas(build: Build) -> None:
@@ -130,8 +85,13 @@ def test_generate_says_what_llama_says(build: Build) -> None:
 @pytest.mark.parametrize("training", (True, False))
 def test_without_shared_experts_it_is_mixtral(build: Build, training: bool) -> None:
     model = build(use_moe=True, n_shared_experts=0, aux_loss_alpha=0.0).train(training)
+    dense = copy.deepcopy(model.config)
+    dense.use_moe = False  # Mixtral is Llama with experts, halves of heads and all
+    fields = peer_config(dense).to_dict()
+    del fields["model_type"]
     config = MixtralConfig(
-        **peer_fields(model.config),
+        **fields,
+        attn_implementation="eager",
         num_local_experts=4,
         num_experts_per_tok=2,
         sliding_window=None,
@@ -140,7 +100,7 @@ def test_without_shared_experts_it_is_mixtral(build: Build, training: bool) -> N
     mixtral = MixtralForCausalLM(config).train(training)
     ours = model.state_dict()
     rest = {name: tensor for name, tensor in ours.items() if "feed_forward" not in name}
-    theirs = as_llama(rest, model.config.head_dim)
+    theirs = to_peer(rest, dense)
     for i in range(model.config.n_layers):
         mine, peer = f"layers.{i}.feed_forward", f"model.layers.{i}.mlp"
         w1, w2, w3 = (
