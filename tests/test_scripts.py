@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_documents(folder / "pretrain_data.csv", 250)
     write_chats(folder / "sft_data_single.csv", 250, seed=1)
     write_chats(folder / "sft_data.csv", 250, turns=3, seed=2)
+    rows = [{"prompt": f"山 {i}", "chosen": "长江", "rejected": "黄河 river"} for i in range(150)]
+    (folder / "dpo.json").write_text(json.dumps(rows), "utf-8")
     return folder
 
 
@@ -65,8 +68,13 @@ def losses(out: Path, name: str) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if "lr" in record]
 
 
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 40)[None]).logits
+
+
 @pytest.mark.slow
-def test_pretraining_then_single_then_multi_turn_chats(corpus: Path) -> None:
+def test_the_whole_chain_from_text_to_exports(corpus: Path) -> None:
     """The documented chain with the shipped tokenizer: each stage finds what the last one left."""
     steps = "--max_steps 30 --learning_rate 1e-2"
     shown = finish(
@@ -86,9 +94,65 @@ def test_pretraining_then_single_then_multi_turn_chats(corpus: Path) -> None:
         assert (out / "logs" / name / "curve.png").is_file() and states(out, name) == ["step_30"]
     # a stage begins where the one before ended, far below the log 6400 = 8.8 of random weights
     assert losses(out, "full_sft_multi_32")[0] < losses(out, "full_sft_single_32")[0] < 8
-    names = ("pretrain_32", "single_chat/full_sft_32", "multi_chat/full_sft_32")
+    tune = f"{PLACE} --dim 32 {steps} --batch_size 4 --log_interval 5"
+    lora = start(f"python 4-lora_sft.py {tune} --data_path sft_data_single.csv", corpus)
+    dpo = start(f"python 5-dpo_train.py {tune} --data_path dpo.json", corpus)
+    for process, left in ((lora, "out/lora_32"), (dpo, "out/rl_32.pth")):
+        shown = finish(process)
+        assert "starting from out/single_chat/full_sft_32.pth" in shown
+        assert f"weights: {left}" in shown
+    for name in ("lora_32", "dpo_32"):
+        found = losses(out, name)
+        assert found[-1] < found[0], name
+    names = ("pretrain_32", "single_chat/full_sft_32", "multi_chat/full_sft_32", "rl_32")
     stages = [json.loads((out / f"{name}.json").read_text("utf-8"))["stage"] for name in names]
-    assert stages == ["pretrain", "full_sft_single", "full_sft_multi"]
+    assert stages == ["pretrain", "full_sft_single", "full_sft_multi", "dpo"]
+    check_exports(corpus, "--weights out/rl_32.pth", torch.load(out / "rl_32.pth"))
+    check_exports(corpus, "--lora out/lora_32", merged_by_peft(out))
+
+
+def merged_by_peft(out: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the base with its adapter as peft merges them."""
+    from peft import PeftModel
+
+    from model.checkpoint import read_sidecar
+    from model.LMConfig import LMConfig
+    from model.model import MiniMindForCausalLM
+
+    base = out / "single_chat/full_sft_32.pth"
+    model = MiniMindForCausalLM(LMConfig(**read_sidecar(base)["config"]))
+    model.load_state_dict(torch.load(base))
+    return PeftModel.from_pretrained(model, out / "lora_32").merge_and_unload().state_dict()
+
+
+def check_exports(corpus: Path, source: str, weights: dict[str, torch.Tensor]) -> None:
+    """Export in the three formats and reload each with what its users load it with."""
+    from transformers import AutoModelForCausalLM
+
+    from model.checkpoint import read_sidecar
+    from model.LMConfig import LMConfig
+    from model.model import MiniMindForCausalLM
+
+    folder = corpus / source.split()[-1].replace("/", "_")
+    with chdir(corpus):
+        for name in ("minimind", "llama", "gguf"):
+            run("export_model.py", source, f"--format {name} --output {folder}/{name}")
+        run("export_model.py", f"--from {folder}/minimind --output {folder}/back.pth")
+    model = MiniMindForCausalLM(LMConfig(**read_sidecar(corpus / "out/rl_32.pth")["config"]))
+    model.load_state_dict(weights)
+    expected = logits_of(model)
+    assert logits_of(model).std() > 0.1
+    load = AutoModelForCausalLM.from_pretrained
+    exported = load(folder / "minimind", trust_remote_code=True)
+    torch.testing.assert_close(logits_of(exported), expected, rtol=0, atol=1e-6)
+    llama = load(folder / "llama")
+    assert type(llama).__module__.startswith("transformers.")
+    torch.testing.assert_close(logits_of(llama), expected, rtol=0, atol=1e-4)
+    [gguf] = (folder / "gguf").glob("*.gguf")
+    theirs = load(folder / "gguf", gguf_file=gguf.name)
+    torch.testing.assert_close(logits_of(theirs), expected, rtol=0, atol=1e-4)
+    for name, tensor in torch.load(folder / "back.pth").items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
