@@ -112,6 +112,12 @@ def test_rows_in_every_state_are_used_or_counted_with_their_place(tmp_path: Path
     assert "answer in another spelling" in told
 
 
+def test_a_question_without_an_id_has_its_number(tmp_path: Path) -> None:
+    rows = (ROW[1:], ["缺", "", "", "", "", "A"], ROW[1:])
+    write(tmp_path / "val" / "law_val.csv", *rows, header=HEADER[1:])
+    assert [q.id for q in load_exam(tmp_path).questions] == ["0", "2"]
+
+
 def test_an_empty_file_costs_its_subject_alone(tmp_path: Path) -> None:
     empty = write(tmp_path / "val" / "law_val.csv")
     write(tmp_path / "val" / "logic_val.csv", ROW)
@@ -141,7 +147,8 @@ def test_a_wrong_folder_is_told_what_was_expected_and_found(tmp_path: Path) -> N
     assert "--data_dir dataset/demo/ceval-exam" in absent
     write(root / "val" / "law_val.csv", ROW)
     (root / "val" / "._law_val.csv").write_bytes(b"\0\1")  # of a macOS archive
-    assert load_exam(root).subjects == ["law"]
+    exam = load_exam(root)
+    assert exam.subjects == ["law"] and not exam.empty and not exam.tally.n_skipped
     for place in (tmp_path, root / "val"):
         assert f"did you mean --data_dir {root}?" in told(place)
     assert f"expected {root}/test/<subject>_test.csv; found: val" in told(root, "test")

@@ -98,7 +98,9 @@ def test_named_weights_are_called_by_their_place(out_dir: Path, tmp_path: Path) 
 def test_texts_are_whole_documents_up_to_the_limit(files: dict[str, Path]) -> None:
     assert read_texts(files["text"], 0, Tally()) == TEXTS
     assert read_texts(files["text"], 1, Tally()) == TEXTS[:1]
-    assert read_texts(files["text"], len(TEXTS[0].encode()) + 1, Tally()) == TEXTS
+    n_bytes = len(TEXTS[0].encode())
+    assert read_texts(files["text"], n_bytes, Tally()) == TEXTS[:1]
+    assert read_texts(files["text"], n_bytes + 1, Tally()) == TEXTS
 
 
 def test_an_answer_is_the_likeliest_tokens(out_dir: Path) -> None:
@@ -154,7 +156,7 @@ def test_the_report_holds_every_stage_and_every_measure(
     for seed, index in ((1, 0), (2, 1), (0, 3)):
         expected = measure_text(tiny(seed), tokenizer, TEXTS).bits_per_byte
         assert bits[index] == pytest.approx(expected, abs=1e-4)
-    assert bits[2] not in bits[:2]  # the adapter did something
+    assert bits.count(bits[2]) == 1  # the adapter did something
     for label in ("quiz", "C-Eval by letters (chance 25 %)", "C-Eval by option text (chance 25 %)"):
         assert all(re.fullmatch(r" *\d/[26] = .* % \(.* to .*\) ", cell) for cell in table[label])
     assert len(table) == 11 and "**a|b**" in markdown
