@@ -35,6 +35,7 @@ class LMConfig(PretrainedConfig):
         "intermediate_size": "hidden_dim",
         "rms_norm_eps": "norm_eps",
         "attention_dropout": "dropout",
+        "num_experts": "n_routed_experts",
     }
 
     def __init__(
@@ -85,6 +86,8 @@ class LMConfig(PretrainedConfig):
         self.use_cache = kwargs.pop("use_cache", True)
         for name in self.attribute_map.keys() & kwargs.keys():
             setattr(self, name, kwargs.pop(name))  # transformers' name of one of our fields
+        if self.use_moe:  # a router is there for whoever finds this name (trl)
+            self.output_router_logits = kwargs.pop("output_router_logits", False)
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         self.check()
@@ -102,6 +105,19 @@ class LMConfig(PretrainedConfig):
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.dim // self.n_heads
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """transformers' name of ``aux_loss_alpha``, which only an MoE has: trl adds a balance loss
+        of its own for a model with both names, because it does not run the head that adds ours.
+        """
+        if not self.use_moe:
+            raise AttributeError("router_aux_loss_coef: without use_moe there is no router")
+        return self.aux_loss_alpha
+
+    @router_aux_loss_coef.setter
+    def router_aux_loss_coef(self, value: float) -> None:
+        self.aux_loss_alpha = value
 
     @property
     def rope_scaling(self) -> dict[str, Any]:

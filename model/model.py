@@ -174,15 +174,19 @@ class MoEGate(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.dim))
 
-    def forward(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, token_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Route ``x`` (B, T, D); ``token_mask`` (B, T) is false on padding, which does not count as
         load.
 
-        Returns weights and expert ids (B, T, k), and in training the balance loss: the mean over
-        tokens of their sequence's loss, so that parts of a batch add up by their number of tokens.
+        Returns weights and expert ids (B, T, k); in training the balance loss: the mean over
+        tokens of their sequence's loss, so that parts of a batch add up by their number of tokens;
+        and the logits (B, T, E) from which it all comes.
         """
         E, k = self.config.n_routed_experts, self.config.num_experts_per_tok
-        scores = F.linear(x, self.weight).softmax(dim=-1, dtype=torch.float)  # (B, T, E)
+        logits = F.linear(x, self.weight)  # (B, T, E)
+        scores = logits.softmax(dim=-1, dtype=torch.float)
         weights, expert_ids = scores.topk(k, dim=-1, sorted=False)
         if self.config.norm_topk_prob and k > 1:  # a single weight of 1 would not train the gate
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -201,7 +205,7 @@ class MoEGate(nn.Module):
             per_sequence = (load * importance).sum(dim=1, keepdim=True)  # (B, 1)
             mean = (per_sequence * n_tokens).sum() / n_tokens.sum().clamp(min=1)
             balance = self.config.aux_loss_alpha * mean
-        return weights.type_as(x), expert_ids, balance
+        return weights.type_as(x), expert_ids, balance, logits
 
 
 class MOEFeedForward(nn.Module):
@@ -219,9 +223,9 @@ class MOEFeedForward(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = FeedForward(config, config.n_shared_experts * config.hidden_dim)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         B, T, D = x.shape
-        weights, expert_ids, balance = self.gate(x, token_mask)
+        weights, expert_ids, balance, router_logits = self.gate(x, token_mask)
         k = expert_ids.shape[-1]
         # One sort brings each expert's tokens together; an expert without tokens still runs on none
         # of them, so that every parameter has a gradient on every rank.
@@ -233,7 +237,7 @@ class MOEFeedForward(nn.Module):
         y = (out.view(B, T, k, D) * weights[..., None]).sum(dim=2).type_as(x)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
-        return y, balance
+        return y, balance, router_logits
 
 
 class TransformerBlock(GradientCheckpointingLayer):
@@ -256,16 +260,16 @@ class TransformerBlock(GradientCheckpointingLayer):
         token_mask: Tensor | None,
         fused: bool,
         past_key_values: Cache | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         attended, weights = self.attention(
             self.attention_norm(x), rotation, mask_for, fused, past_key_values
         )
         x = x + attended
         if isinstance(self.feed_forward, MOEFeedForward):
-            fed, balance = self.feed_forward(self.ffn_norm(x), token_mask)
+            fed, balance, router_logits = self.feed_forward(self.ffn_norm(x), token_mask)
         else:
-            fed, balance = self.feed_forward(self.ffn_norm(x)), None
-        return x + fed, balance, weights
+            fed, balance, router_logits = self.feed_forward(self.ffn_norm(x)), None, None
+        return x + fed, balance, weights, router_logits
 
 
 @dataclass
@@ -273,6 +277,7 @@ class HiddenStatesOutput(BaseModelOutputWithPast):
     """What comes before the head, and in training an MoE's balance loss, summed over its layers."""
 
     balance_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None  # of each layer (B * T, E), where asked for
 
 
 class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
@@ -334,6 +339,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool = False,
         token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> HiddenStatesOutput:
@@ -343,7 +349,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: tokens (B, T); or ``inputs_embeds`` (B, T, D) in their place.
             attention_mask: (B, past + T), 0 on padding; or (B, 1, T, keys), true where a key is
                 seen (added to the scores where it is floating point).
-            position_ids: (B, T); by default they go on from the cache's length.
+            position_ids: (B, T); by default they go on from the cache's length. Without mask and
+                cache, where they start again another sequence begins that sees nothing before it.
             past_key_values: any ``transformers`` cache, or an object with its ``update`` and
                 ``get_seq_length``; it belongs to the caller.
             token_mask: (B, T), false on padding, which an MoE does not count as load; by default
@@ -360,6 +367,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("give input_ids or inputs_embeds, exactly one of them")
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = x.shape
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            attention_mask = mask_of_packed(position_ids)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -381,14 +390,17 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         all_states: list[Tensor] = []
         all_weights: list[Tensor | None] = []
         balance_losses: list[Tensor] = []
+        all_router_logits: list[Tensor] = []
         for layer in self.layers:
             all_states.append(x)
-            x, balance, weights = layer(
+            x, balance, weights, router_logits = layer(
                 x, rotation, mask_for, token_mask, fused, past_key_values=past_key_values
             )
             all_weights.append(weights)
             if balance is not None:
                 balance_losses.append(balance)
+            if router_logits is not None and output_router_logits:
+                all_router_logits.append(router_logits.flatten(0, 1))
         x = self.norm(x)
         return HiddenStatesOutput(
             last_hidden_state=x,
@@ -397,6 +409,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             attentions=tuple(all_weights) if output_attentions else None,
             # layers may live on several devices
             balance_loss=sum(b.to(x.device) for b in balance_losses) if balance_losses else None,
+            router_logits=tuple(all_router_logits) or None,
         )
 
     # transformers asks its base model for parallel plans; there are none
@@ -415,6 +428,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool = False,
         token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
@@ -434,6 +448,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
             token_mask=token_mask,
         )
         x = out.last_hidden_state
@@ -452,6 +467,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
+            router_logits=out.router_logits,
         )
 
 
@@ -472,6 +488,19 @@ def part_of_batch(
     targets = labels[:, 1:] if shift_labels is None else shift_labels
     share = (targets != -100).sum() / num_items_in_batch
     return balance_loss * share.to(balance_loss.device)
+
+
+def mask_of_packed(position_ids: Tensor) -> Tensor | None:
+    """Return the mask (B or 1, 1, T, T) of rows in which several sequences stand one after another,
+    each with positions of its own; None where no row holds more than one.
+
+    trl and transformers' collators pack like that, without a mask.
+    """
+    starts = position_ids[:, 1:] <= position_ids[:, :-1]
+    if not torch.compiler.is_compiling() and not starts.any():  # compiled code cannot ask
+        return None
+    sequences = F.pad(starts, (1, 0)).cumsum(dim=1)  # (B, T)
+    return (sequences[:, :, None] == sequences[:, None, :]).tril()[:, None]
 
 
 def build_mask(attention_mask: Tensor | None, past: int | Tensor, T: int, x: Tensor) -> MaskFor:

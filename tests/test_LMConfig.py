@@ -104,7 +104,18 @@ TRANSFORMERS_NAMES = {
     "max_position_embeddings": ("max_seq_len", 128),
     "intermediate_size": ("hidden_dim", 96),
     "rms_norm_eps": ("norm_eps", 1e-6),
+    "num_experts": ("n_routed_experts", 6),
 }
+
+
+def test_only_a_mixture_has_a_router_to_be_asked_for() -> None:
+    """By these two names trl decides whether to add a balance loss."""
+    names = ("output_router_logits", "router_aux_loss_coef")
+    assert not any(hasattr(LMConfig(), name) for name in names)
+    config = LMConfig(use_moe=True, aux_loss_alpha=0.5)
+    assert [getattr(config, name) for name in names] == [False, 0.5]
+    config.router_aux_loss_coef = 0.25
+    assert LMConfig.from_dict(config.to_dict()).aux_loss_alpha == 0.25
 
 
 @pytest.mark.parametrize(("theirs", "ours"), TRANSFORMERS_NAMES.items())

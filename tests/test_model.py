@@ -296,6 +296,8 @@ def test_packed_conversations_are_as_if_alone(
     packed = model(ids, attention_mask=mask, position_ids=positions).logits
     alone = torch.cat([model(part).logits for part in ids.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(packed, alone, **CLOSE)
+    from_positions = model(ids, position_ids=positions).logits  # as transformers' models do
+    torch.testing.assert_close(from_positions, alone, **CLOSE)
 
 
 @either_attention

@@ -61,7 +61,7 @@ def test_the_block_is_the_loop_over_tokens(
         assert moe.shared_experts.w1.weight.shape == (n_shared * 192, 64)
     x = stream().requires_grad_()
     expected = token_by_token(moe, x, normalise)
-    y, _ = moe(x, None)
+    y, _, _ = moe(x, None)
     torch.testing.assert_close(y, expected, **CLOSE)
     target = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     got, wanted = (
@@ -105,7 +105,7 @@ def test_the_balance_loss_is_the_formula(
     mask = (
         torch.ones(3, 10) if lengths is None else torch.arange(10) < torch.tensor(lengths)[:, None]
     )
-    _, balance = moe(x, None if lengths is None else mask)
+    _, balance, _ = moe(x, None if lengths is None else mask)
     torch.testing.assert_close(balance, formula(moe, x, mask, seq_aux), **CLOSE)
 
 
@@ -218,7 +218,7 @@ def test_an_idle_expert_has_a_gradient_of_zero(build: Build) -> None:
 @pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
 def test_it_runs_in_any_dtype(build: Build, dtype: torch.dtype, training: bool) -> None:
     moe, x = block(build).to(dtype).train(training), stream().to(dtype)
-    y, balance = moe(x, None)
+    y, balance, _ = moe(x, None)
     assert y.dtype == dtype
     expected = token_by_token(moe.float(), x.float(), normalise=True)
     # a token whose second and third expert nearly tie may be routed otherwise when rounded
