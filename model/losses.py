@@ -111,15 +111,29 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
 # ----------------------------------------------------------------------------- preferences
 
 
-def answer_logps(logits: Tensor, batch: PairBatch) -> Tensor:
+def answer_logps(logits: Tensor, targets: Tensor, sequence_ids: Tensor, n_sequences: int) -> Tensor:
     """Return the log probability of each sequence's answer, the sum over its tokens, in nats:
-    (2 * n_units,) fp32.
+    (n_sequences,) fp32.
+
+    Args:
+        logits: (B, T, V).
+        targets: (B, T), ids or ``IGNORED``.
+        sequence_ids: (B, T), from 0; -1 on padding.
     """
     flat = logits.flatten(0, 1).float()
     # 0 where the target is IGNORED
-    logps = -F.cross_entropy(flat, batch.targets.flatten(), ignore_index=IGNORED, reduction="none")
-    places = batch.sequence_ids.flatten().clamp(min=0)  # what is padding adds 0 somewhere
-    return logps.new_zeros(2 * batch.n_units).index_add(0, places, logps)
+    logps = -F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    places = sequence_ids.flatten().clamp(min=0)  # what is padding adds 0 somewhere
+    return logps.new_zeros(n_sequences).index_add(0, places, logps)
+
+
+def pair_logps(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor | None]:
+    """Return the log probability of each answer of a batch, (2 * n_units,), chosen and rejected by
+    turns, and an MoE's balance loss.
+    """
+    out = run_model(model, batch)
+    logps = answer_logps(out.logits, batch.targets, batch.sequence_ids, 2 * batch.n_units)
+    return logps, out.aux_loss
 
 
 def dpo_loss(
@@ -162,12 +176,11 @@ class PreferenceLoss:
         self.beta, self.label_smoothing, self.reference = beta, label_smoothing, reference
 
     def __call__(self, model: nn.Module, batch: PairBatch) -> LossSums:
-        out = run_model(model, batch)
-        logps = answer_logps(out.logits, batch)
+        logps, balance = pair_logps(model, batch)
         reference_logps = batch.reference_logps
         if reference_logps is None:
             with torch.no_grad():
-                reference_logps = answer_logps(run_model(self.reference, batch).logits, batch)
+                reference_logps, _ = pair_logps(self.reference, batch)
         losses, margins = dpo_loss(logps, reference_logps, self.beta, self.label_smoothing)
         metrics = {
             # of two equal rewards each is right half the time: 0.5 where nothing is learnt yet
@@ -177,4 +190,4 @@ class PreferenceLoss:
             "rejected_logp": logps[1::2].sum(),
         }
         metrics = {name: value.detach() for name, value in metrics.items()}
-        return LossSums(losses.sum(), out.aux_loss, metrics)
+        return LossSums(losses.sum(), balance, metrics)

@@ -8,7 +8,7 @@ masked stretch does, and nothing else needs to be stored.
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from torch import nn
 
 from .dataset import (
     CONVERSATIONS_A_BATCH,
+    EVAL_POSITIONS,
     Log,
     TrainingData,
     fit,
-    length_groups,
     separate,
     source_folder,
 )
@@ -200,17 +200,26 @@ def number_sequences(segments: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(segments >= 0, numbers, -1)
 
 
+def split_pair(store: TokenStore, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the two sequences of a document, chosen and rejected: ids and which are trained."""
+    ids, mask = store.document(number).astype(np.int64), store.mask(number).astype(bool)
+    end = int(number_sequences(np.zeros((1, len(ids))), mask[None])[0].argmax())
+    return [(ids[:end], mask[:end]), (ids[end:], mask[end:])]
+
+
 def padded_pairs(
-    store: TokenStore, numbers: list[int], reference_logps: torch.Tensor | None = None
+    store: TokenStore, numbers: Sequence[int], reference_logps: torch.Tensor | None = None
 ) -> PairBatch:
-    """Return pairs as a batch of one sequence a row, padded on the right, where causal attention
-    never looks.
+    """Return pairs as a batch of one sequence a row; see :func:`padded_sequences`."""
+    batch = padded_sequences([part for number in numbers for part in split_pair(store, number)])
+    batch.reference_logps = reference_logps
+    return batch
+
+
+def padded_sequences(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> PairBatch:
+    """Return sequences as the rows of a batch, padded on the right, where causal attention never
+    looks.
     """
-    sequences: list[tuple[np.ndarray, np.ndarray]] = []
-    for number in numbers:
-        ids, mask = store.document(number).astype(np.int64), store.mask(number).astype(bool)
-        end = int(number_sequences(np.zeros((1, len(ids))), mask[None])[0].argmax())
-        sequences += [(ids[:end], mask[:end]), (ids[end:], mask[end:])]
     T = max(len(ids) for ids, _ in sequences) - 1
     shape = (len(sequences), T)
     inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
@@ -224,10 +233,9 @@ def padded_pairs(
         torch.from_numpy(inputs),
         torch.from_numpy(targets),
         token_mask=torch.from_numpy(is_token),
-        n_units=len(numbers),
+        n_units=len(sequences) // 2,
         n_tokens=int(lengths.sum()),
         sequence_ids=torch.arange(len(sequences))[:, None].expand(shape),
-        reference_logps=reference_logps,
     )
 
 
@@ -258,21 +266,31 @@ def stored_reference(store: TokenStore, model: nn.Module, digest: str, runtime: 
 
 @torch.no_grad()
 def measure_logps(store: TokenStore, model: nn.Module, runtime: Any) -> np.ndarray:
-    """Return the log probability of each answer under ``model``: (n_documents, 2) fp32."""
+    """Return the log probability of each answer under ``model``: (n_documents, 2) fp32.
+
+    The sequences are measured in order of their length, so that a batch has little padding.
+    """
+    numbers = np.flatnonzero(np.diff(store.offsets))  # a pair that was dropped has no tokens
+    lengths = np.array([[len(ids) for ids, _ in split_pair(store, n)] for n in numbers]).ravel()
+    order = np.argsort(lengths, kind="stable")  # of sequences, two for each pair
     values = np.zeros((store.n_documents, 2), np.float32)
     was_training = model.training
     model.eval()
-    groups = list(length_groups(store, np.arange(store.n_documents)))
     n_done, told = 0, time.monotonic()
-    for numbers in groups:
-        if time.monotonic() - told > TELL_EVERY_S:
-            told = time.monotonic()
-            runtime.log(f"reference   {n_done:,} of {store.n_documents:,} pairs measured")
-        n_done += len(numbers)
-        batch = padded_pairs(store, numbers).to(runtime.device)
+    while n_done < len(order):
+        # the longest of as many as fit decides
+        sizes = lengths[order[n_done:]] * np.arange(1, len(order) - n_done + 1)
+        group = order[n_done : n_done + max(1, int(np.searchsorted(sizes, EVAL_POSITIONS)))]
+        batch = padded_sequences([split_pair(store, numbers[i // 2])[i % 2] for i in group])
+        batch = batch.to(runtime.device)
         with runtime.autocast():
             logits = run_model(model, batch).logits
-        values[numbers] = answer_logps(logits, batch).view(-1, 2).cpu().numpy()
+        logps = answer_logps(logits, batch.targets, batch.sequence_ids, len(group))
+        values[numbers[group // 2], group % 2] = logps.cpu().numpy()
+        n_done += len(group)
+        if time.monotonic() - told > TELL_EVERY_S:
+            told = time.monotonic()
+            runtime.log(f"reference   {n_done:,} of {len(order):,} answers measured")
     model.train(was_training)
     return values
 

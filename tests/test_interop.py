@@ -1,14 +1,18 @@
 """The model in transformers' own hands: Trainer, pipelines, device maps; and in accelerate's."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate_loop
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from tiny_runs import write_tokenizer
+from tiny_runs import ROOT, write_tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, EvalPrediction, Trainer, TrainingArguments, pipeline
@@ -219,3 +223,44 @@ def test_a_device_map_changes_no_logit(
     torch.testing.assert_close(spread(ids).logits, model(ids).logits, rtol=0, atol=0)
     greedy = dict(max_new_tokens=8, do_sample=False)
     assert spread.generate(ids, **greedy).tolist() == model.generate(ids, **greedy).tolist()
+
+
+# accelerate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n_processes", "use_moe"), ((1, False), (2, True)), ids=("alone", "two of a mixture")
+)
+def test_accelerate_launch_takes_the_steps_of_plain_torch(
+    build: Build, tmp_path: Path, n_processes: int, use_moe: bool
+) -> None:
+    rows = rows_of(lambda row: 2)
+    build(use_moe=use_moe).save_pretrained(tmp_path)
+    torch.save(rows, tmp_path / "rows.pt")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    command += ["--num_processes", str(n_processes), "--num_cpu_threads_per_process", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    loop = ROOT / "tests/accelerate_loop.py"
+    done = subprocess.run(
+        [*command, str(loop), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(n_processes)]
+
+    expected = build(use_moe=use_moe).train()
+    optimizer = torch.optim.SGD(expected.parameters(), lr=accelerate_loop.LEARNING_RATE)
+    losses = []
+    for _ in range(accelerate_loop.EPOCHS):
+        for part in (rows[:8], rows[8:]):
+            loss = expected(**stacked(part)).loss
+            (loss / 2).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.5
+    for result in results:
+        assert result["losses"] == pytest.approx(losses, abs=1e-4)
+        torch.testing.assert_close(result["state"], expected.state_dict(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(result["state"], results[0]["state"], rtol=0, atol=0)

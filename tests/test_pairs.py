@@ -12,7 +12,7 @@ import torch
 from tiny_runs import WORDS, write_tokenizer
 
 from model.checkpoint import weights_digest
-from model.losses import IGNORED, PairBatch, PreferenceLoss, answer_logps, dpo_loss, run_model
+from model.losses import IGNORED, PairBatch, PreferenceLoss, dpo_loss, pair_logps
 from model.model import MiniMindForCausalLM
 from model.pairs import PairData, dpo_data, encode_pair, measure_logps, padded_pairs, pair_store
 from model.runtime import setup
@@ -105,7 +105,7 @@ def test_packed_pairs_have_the_log_probabilities_they_have_alone(
     positions, _, _ = data.plan.pieces(rows)
     numbers = np.searchsorted(data.store.offsets, positions, side="right") - 1
     with torch.no_grad():
-        together = answer_logps(run_model(model, packed).logits, packed)
+        together, _ = pair_logps(model, packed)
         for place, number in enumerate(numbers.tolist()):
             for which in range(2):
                 alone = one_sequence(data, number, which)
