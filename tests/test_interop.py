@@ -238,7 +238,9 @@ def test_accelerate_launch_takes_the_steps_of_plain_torch(
     rows = rows_of(lambda row: 2)
     build(use_moe=use_moe).save_pretrained(tmp_path)
     torch.save(rows, tmp_path / "rows.pt")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
+    # with --cpu it starts several processes by mpirun only; the loop itself asks for cpu=True
+    command += ["--cpu"] if n_processes == 1 else ["--multi_gpu"]
     command += ["--num_processes", str(n_processes), "--num_cpu_threads_per_process", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     loop = ROOT / "tests/accelerate_loop.py"
