@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.quiz import conversation, is_right, load_quiz, run_quiz, score
+from model.quiz import conversation, is_right, load_quiz, load_quizzes, run_quiz, score
 
 ITEM = {
     "question": "氦的元素符号是什么？",
@@ -100,3 +100,13 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 def test_an_empty_quiz_scores_nothing(tmp_path: Path) -> None:
     (tmp_path / "quiz.jsonl").write_text("")
     assert score(load_quiz(tmp_path / "quiz.jsonl"), []).accuracy == 0.0
+
+
+def test_two_quizzes_of_one_name_stay_two(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "quiz.jsonl" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps(ITEM | {"question": path.parent.name}), "utf-8")
+    loaded = load_quizzes([str(path) for path in paths])
+    assert [items[0]["question"] for items in loaded.values()] == ["a", "b"]
+    assert list(load_quizzes([str(paths[0])])) == ["quiz"]
