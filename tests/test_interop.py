@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, EvalPrediction, Trainer, TrainingArgumen
 
 from model.generation import Answer, SamplingOptions, generate
 from model.model import MiniMindForCausalLM
-from model.tokenizer import Tokenizer
+from model.tokenizer import Message, Tokenizer
 
 Build = Callable[..., MiniMindForCausalLM]
 CLOSE = dict(rtol=0, atol=1e-5)  # the same sums in another order, fp32
@@ -73,7 +73,10 @@ def test_trainer_takes_the_steps_of_plain_torch(
         ),
         train_dataset=rows,
     )  # fmt: skip
+    passes = []
+    model.layers[0].attention.wq.register_forward_hook(lambda *_: passes.append(1))
     trainer.train()
+    assert len(passes) == 3 * 4 * (2 if checkpointing else 1)  # again on the way back
     expected = build(use_moe=use_moe).train()
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.2)
     expected_losses = []
@@ -158,46 +161,48 @@ CHATS = (
 )
 
 
-@pytest.mark.slow
-@either_model
-def test_a_pipeline_chats_as_we_do(tmp_path: Path, build: Build, use_moe: bool) -> None:
-    """A model that has learnt four answers, of four lengths after prompts of four lengths."""
-    folder = write_tokenizer(tmp_path)
-    ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    chats = [
-        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in CHATS
-    ]
-    encoded = [ours.encode_chat_masked(chat) for chat in chats]
-    ids, is_answer = (pad_sequence([torch.tensor(c[i]) for c in encoded], True) for i in (0, 1))
-    model = build(use_moe=use_moe, vocab_size=300).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+def learn(model: MiniMindForCausalLM, tokenizer: Tokenizer, chats: list[list[Message]]) -> None:
+    """Let the model learn what the assistant says by heart."""
+    encoded = [tokenizer.encode_chat_masked(chat) for chat in chats]
+    ids, is_answer = (pad_sequence([torch.tensor(row[i]) for row in encoded], True) for i in (0, 1))
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
     for _ in range(60):
         model(ids, labels=ids.masked_fill(~is_answer, -100)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
 
-    chat = pipeline("text-generation", model=model, tokenizer=theirs)
-    prompts = [chat[:1] for chat in chats]
-    greedy = dict(max_new_tokens=24, do_sample=False)
-    alone = [chat(prompt, **greedy)[0]["generated_text"] for prompt in prompts]
-    assert alone == chats  # whole, and nothing after the end token
-    assert [
-        [r["generated_text"] for r in row] for row in chat(prompts, batch_size=4, **greedy)
-    ] == [[answer] for answer in chats]
-    for prompt, (_, expected) in zip(prompts, CHATS, strict=True):
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learnt", (True, False), ids=("learnt", "endless"))
+@either_model
+def test_a_pipeline_says_what_we_say(
+    build: Build, tmp_path: Path, use_moe: bool, learnt: bool
+) -> None:
+    """Message lists go in, one by one and as a left-padded batch; the end token ends an answer."""
+    folder = write_tokenizer(tmp_path)
+    ours, model = Tokenizer(folder), build(use_moe=use_moe, vocab_size=300)
+    questions = [[{"role": "user", "content": question}] for question, _ in CHATS]
+    expected = [
+        [*prompt, {"role": "assistant", "content": answer}]
+        for prompt, (_, answer) in zip(questions, CHATS, strict=True)
+    ]
+    if learnt:
+        learn(model, ours, expected)
+    greedy = SamplingOptions(max_new_tokens=24, temperature=0)
+    said = []
+    for prompt in questions:
         prompt_ids = ours.encode_chat(prompt, add_generation_prompt=True)
-        options = SamplingOptions(max_new_tokens=24, temperature=0)
-        answer = Answer(ours, generate(model, prompt_ids, options))
-        assert ("".join(answer), answer.finish_reason) == (expected, "stop")
-    # before it knows when to end, the texts are as equal
-    model = build(use_moe=use_moe, vocab_size=300)
-    chat = pipeline("text-generation", model=model, tokenizer=theirs)
-    for prompt in prompts:
-        prompt_ids = ours.encode_chat(prompt, add_generation_prompt=True)
-        tokens = generate(model, prompt_ids, SamplingOptions(max_new_tokens=24, temperature=0))
-        text = "".join(Answer(ours, tokens))
-        assert text and chat(prompt, **greedy)[0]["generated_text"][-1]["content"] == text
+        answer = Answer(ours, generate(model, prompt_ids, greedy))
+        said.append([*prompt, {"role": "assistant", "content": "".join(answer)}])
+        assert answer.finish_reason == ("stop" if learnt else "length")
+    assert (said == expected) == learnt
+    chat = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
+    settings = dict(max_new_tokens=24, do_sample=False)
+    assert [chat(prompt, **settings)[0]["generated_text"] for prompt in questions] == said
+    assert len({len(ours.encode_chat(prompt)) for prompt in questions}) == len(CHATS)  # padding
+    batch = chat(questions, batch_size=len(CHATS), **settings)
+    assert [answers[0]["generated_text"] for answers in batch] == said
 
 
 # Devices

@@ -203,6 +203,23 @@ def test_parts_of_a_batch_add_up_by_their_tokens(build: Build) -> None:
     torch.testing.assert_close(whole, sum(parts) / lengths.sum(), **CLOSE)
 
 
+def test_parts_of_an_accumulated_batch_share_it_by_their_labels(build: Build) -> None:
+    """``Trainer`` adds up the losses of parts that it tells the number of all labels."""
+    model = build(use_moe=True, aux_loss_alpha=1.0).train()
+    ids = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(1))
+    labels = ids.masked_fill(torch.tensor([[True] * 8 + [False] * 4, [False] * 12]), -100)
+    parts, n_labels = ids.split(1), (4, 11)  # nothing is before the first of the second
+    pairs = list(zip(parts, labels.split(1), strict=True))
+    got = [model(part, labels=label, num_items_in_batch=15).loss for part, label in pairs]
+    means = [model(part, labels=label).loss for part, label in pairs]
+    expected = sum(n / 15 * mean for n, mean in zip(n_labels, means, strict=True))
+    torch.testing.assert_close(sum(got), expected, **CLOSE)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    for part, label, loss in zip(parts, shifted.split(1), got, strict=True):
+        again = model(part, shift_labels=label, num_items_in_batch=torch.tensor(15)).loss
+        torch.testing.assert_close(again, loss, **CLOSE)
+
+
 def test_an_idle_expert_has_a_gradient_of_zero(build: Build) -> None:
     model = build(use_moe=True).train()  # DDP waits for ever for a parameter without one
     ids = torch.tensor([[5]])  # one token: two of four experts are idle
