@@ -92,11 +92,12 @@ def main(argv: list[str] | None = None) -> int:
         start_adapter(start, args, runtime.dtype)
         runtime.log(f"adapter     {describe(start.model)}")
     start.model.to(runtime.device)
+    data.reference_digest = weights_digest(start.model)
     reference = None
     if args.reference == "live":
         reference = deepcopy(start.model).eval().requires_grad_(False)
     elif not args.dry_run:
-        data.measure_reference(start.model, weights_digest(start.model), runtime)
+        data.measure_reference(start.model, runtime)
     with before_and_after(start, {} if args.dry_run else quizzes, runtime):
         return train(
             start,

@@ -127,10 +127,17 @@ class PairData(TrainingData):
         reference: log probability of each answer of the store under the reference model,
             (n_documents, 2) fp32, chosen and rejected; None: not known.
         held_out_reference: the same of the store with the held-out pairs.
+        reference_digest: of the reference's weights.
     """
 
     reference: np.ndarray | None = None
     held_out_reference: np.ndarray | None = None
+    reference_digest: str = ""
+
+    @property
+    def fingerprint(self) -> dict[str, str | int]:
+        """What a resumed run must find again."""
+        return {**super().fingerprint, "reference": self.reference_digest}
 
     def batch(self, rows: np.ndarray) -> PairBatch:
         """Return rows as a batch; a row of ``row_tokens - 1`` inputs holds as many pairs as fit."""
@@ -174,13 +181,13 @@ class PairData(TrainingData):
             f"held out: {len(self.held_out[1]):,}"
         )
 
-    def measure_reference(self, model: nn.Module, digest: str, runtime: Any) -> None:
+    def measure_reference(self, model: nn.Module, runtime: Any) -> None:
         """Fill ``reference`` and ``held_out_reference``, measured once and kept in the stores.
 
         Args:
-            model: the reference, on the runtime's device.
-            digest: of its weights; names the file.
+            model: the one of ``reference_digest``, on the runtime's device.
         """
+        digest = self.reference_digest
         self.reference = stored_reference(self.store, model, digest, runtime)
         store = self.held_out[0]
         is_other = store.folder != self.store.folder

@@ -169,7 +169,7 @@ def take_quiz(loaded: "Loaded", items: Sequence[QuizItem]) -> QuizResult:
 
 
 def load_quizzes(paths: Sequence[str]) -> dict[str, list[QuizItem]]:
-    """Return the items of several quiz files by the file's name, by its path where two share one."""
+    """Return the items of quiz files by the file's name, or by its path where two share one."""
     stems = [Path(path).stem for path in paths]
     names = stems if len(set(stems)) == len(stems) else paths
     return {name: load_quiz(path) for name, path in zip(names, paths, strict=True)}

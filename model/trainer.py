@@ -32,6 +32,11 @@ from .states import States, free_bytes
 MAX_SKIPPED_IN_A_ROW = 10
 WARMUP_SHARE, MAX_WARMUP = 0.02, 200
 SAMPLE_TOKENS = 48
+# The flags that a resumed run must share with its beginning, as far as its stage has them
+DECISIVE = (
+    "learning_rate optimizer weight_decay grad_clip schedule seed recipe dtype "
+    "beta label_smoothing lora_rank lora_alpha lora_dropout lora_targets"
+).split()
 
 
 class Data(Protocol):
@@ -439,8 +444,8 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """Return what a resumed run must share with the one that saved."""
-        names = "learning_rate optimizer weight_decay grad_clip schedule seed recipe dtype".split()
-        chosen = {name: getattr(self.args, name) for name in names}
+        settings = vars(self.args)
+        chosen = {name: settings[name] for name in DECISIVE if name in settings}
         chosen |= {"rows an update": self.update_rows, "rows in all": self.n_samples}
         chosen |= {"warmup_iters": self.warmup, **self.data.fingerprint}
         ignored = {"transformers_version", "dtype", "_name_or_path"}

@@ -243,6 +243,16 @@ def test_dpo_goes_on_bit_for_bit_after_a_stop(here: Path, monkeypatch: pytest.Mo
     assert records(here / "out", "dpo_32_whole") == records(here / "out", "dpo_32_cut")
 
 
+def test_dpo_is_not_resumed_with_another_beta_or_reference(here: Path, base: Path) -> None:
+    assert run("5-dpo_train.py", DPO, "--max_steps 2") == 0
+    for change, expected in (
+        ("--beta 0.2", "beta: 0.1 then, 0.2 now"),
+        (f"--init_from {base}/out/pretrain_32.pth", "reference: '.*' then, '.*' now"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            run("5-dpo_train.py", DPO, "--max_steps 2 --resume", change)
+
+
 # ----------------------------------------------------------------------------- quizzes, mistakes
 
 

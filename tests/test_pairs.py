@@ -15,7 +15,7 @@ from model.checkpoint import weights_digest
 from model.losses import IGNORED, PairBatch, PreferenceLoss, dpo_loss, pair_logps
 from model.model import MiniMindForCausalLM
 from model.pairs import PairData, dpo_data, encode_pair, measure_logps, padded_pairs, pair_store
-from model.runtime import setup
+from model.runtime import Runtime, setup
 from model.tokenizer import EOS_ID, Tokenizer
 
 Build = Callable[..., MiniMindForCausalLM]
@@ -28,7 +28,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def runtime():
+def runtime() -> Runtime:
     return setup("cpu", "float32", 0)
 
 
@@ -175,28 +175,33 @@ def test_both_answers_keep_the_same_prompt_when_it_is_cut(tokenizer: Tokenizer) 
 # ----------------------------------------------------------------------------- the reference
 
 
+def measure(data: PairData, model: MiniMindForCausalLM, runtime: Runtime) -> None:
+    data.reference_digest = weights_digest(model)
+    data.measure_reference(model, runtime)
+
+
 def test_the_reference_is_measured_once_for_each_weights(
-    build: Build, tmp_path: Path, tokenizer: Tokenizer, runtime
+    build: Build, tmp_path: Path, tokenizer: Tokenizer, runtime: Runtime
 ) -> None:
     data = make(tmp_path, tokenizer)
     model, other = build(vocab_size=VOCAB), build(seed=1, vocab_size=VOCAB)
-    data.measure_reference(model, weights_digest(model), runtime)
+    measure(data, model, runtime)
     first = data.reference.copy()
     np.testing.assert_array_equal(first, measure_logps(data.store, model, runtime))
     files = {path: path.stat().st_mtime_ns for path in data.store.folder.glob("reference-*")}
     assert len(files) == 1
-    data.measure_reference(model, weights_digest(model), runtime)
+    measure(data, model, runtime)
     assert {path: path.stat().st_mtime_ns for path in files} == files
-    data.measure_reference(other, weights_digest(other), runtime)
+    measure(data, other, runtime)
     assert not np.allclose(data.reference, first)
     next(iter(files)).write_bytes(b"damaged")
-    data.measure_reference(model, weights_digest(model), runtime)
+    measure(data, model, runtime)
     np.testing.assert_array_equal(data.reference, first)
 
 
 @pytest.mark.parametrize("is_packed", (True, False))
 def test_precomputed_and_live_reference_are_the_same(
-    build: Build, tmp_path: Path, tokenizer: Tokenizer, runtime, is_packed: bool
+    build: Build, tmp_path: Path, tokenizer: Tokenizer, runtime: Runtime, is_packed: bool
 ) -> None:
     policy, reference = build(vocab_size=VOCAB), build(seed=1, vocab_size=VOCAB)
     data = make(tmp_path, tokenizer, n=400 if not is_packed else 30)
@@ -205,7 +210,7 @@ def test_precomputed_and_live_reference_are_the_same(
         return [data.batch(np.arange(3))] if is_packed else data.held_out_batches()
 
     live = [PreferenceLoss(0.1, reference=reference)(policy, batch) for batch in batches()]
-    data.measure_reference(reference, weights_digest(reference), runtime)
+    measure(data, reference, runtime)
     stored = [PreferenceLoss(0.1)(policy, batch) for batch in batches()]
     assert live
     for one, two in zip(live, stored, strict=True):
