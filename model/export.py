@@ -174,7 +174,10 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: without ``overwrite``; with it, a folder that holds more than an export,
             or a file where a folder is to be or the reverse.
+        ValueError: a place that has no name, as ``.``, and cannot be renamed to.
     """
+    if not output.name:
+        raise ValueError(f"--output {output} has no name of its own: name a folder or a file")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:

@@ -121,6 +121,8 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    except OSError as error:  # numpy's, which says how many numbers it could not write
+        raise OSError(f"{path.name}, the disk may be full ({error})") from error
     finally:
         writer.close()
     return [

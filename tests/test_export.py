@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from tiny_runs import ROOT, full_disk, run, same_weights, write_tokenizer
 from torch import Tensor
@@ -251,7 +252,7 @@ def test_a_stranger_loads_the_folder_and_talks(make: Make, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ("minimind", "llama", "gguf"))
 def test_a_full_disk_leaves_nothing(make: Make, tmp_path: Path, kind: str) -> None:
-    with full_disk(100_000), pytest.raises(OSError, match=r"out could not be written, nothing is"):
+    with full_disk(100_000), pytest.raises(OSError, match=r"out could not be written.*may be full"):
         export(make(), tmp_path / "out", kind)
     assert list(tmp_path.iterdir()) == []
 
@@ -282,6 +283,8 @@ def test_a_folder_with_anything_else_is_never_replaced(make: Make, tmp_path: Pat
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"holds thesis.txt, which no export writes"):
         export(make(), tmp_path / "out", "llama", overwrite=True)
+    with pytest.raises(ValueError, match=r"--output . has no name of its own"):
+        export(make(), Path("."), "llama", overwrite=True)
     (tmp_path / "folder.gguf").mkdir()
     (tmp_path / "folder.gguf" / "file").touch()
     with pytest.raises(FileExistsError, match="is a folder, which is never replaced"):
@@ -453,6 +456,25 @@ def test_the_script_exports_and_reads_back(
     run("export_model.py", *given, "--format gguf --quantize Q8_0 --output", tmp_path / "q")
     said = capsys.readouterr().out
     assert "q-q8_0.gguf" in said and "ollama create" in said and "llama-cli" in said
+
+
+@torch.no_grad()
+def test_an_adapter_is_merged(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded, weights = make(), tmp_path / "weights.pth"
+    save_weights(loaded.model, weights, loaded.tokenizer)
+    settings = LoraConfig(r=4, target_modules=["wq", "wv", "w2"], init_lora_weights=False)
+    theirs = get_peft_model(loaded.model, settings).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    run(
+        "export_model.py", "--weights", weights, "--tokenizer", loaded.tokenizer.folder,
+        "--lora", tmp_path / "adapter", "--format llama --output", tmp_path / "out",
+    )  # fmt: skip
+    assert f"with the adapter {tmp_path / 'adapter'} merged" in capsys.readouterr().out
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged(ids()).logits, theirs(ids()).logits, rtol=0, atol=1e-4)
+    assert (theirs(ids()).logits - make().model(ids()).logits).abs().max() > 0.1
 
 
 def test_a_folder_is_pushed_to_a_hub(
