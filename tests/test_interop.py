@@ -213,17 +213,19 @@ def test_a_pipeline_says_what_we_say(
 def test_a_device_map_changes_no_logit(
     build: Build, tmp_path: Path, use_moe: bool, where: str
 ) -> None:
-    model = build(use_moe=use_moe, n_layers=3, rope_scaling="yarn:4")
+    model = build(use_moe=use_moe, n_layers=4, rope_scaling="yarn:4")
     model.save_pretrained(tmp_path)
     settings: dict[str, Any] = {"device_map": "cpu"}
     if where == "half on disk":
         n_bytes = sum(4 * p.numel() for p in model.parameters())
-        settings = dict(
-            device_map="auto", max_memory={"cpu": n_bytes // 2}, offload_folder=tmp_path / "rest"
-        )
+        room = {"cpu": int(0.8 * n_bytes)}  # what is left must be able to come in, one at a time
+        settings = dict(device_map="auto", max_memory=room, offload_folder=tmp_path / "rest")
     spread = MiniMindForCausalLM.from_pretrained(tmp_path, **settings)
-    devices = {p.device.type for p in spread.parameters()}
-    assert devices == ({"cpu"} if where == "cpu" else {"cpu", "meta"})
+    if where == "half on disk":  # and no block in two
+        places = {k: v for k, v in spread.hf_device_map.items() if k.startswith("layers")}
+        assert places == {
+            "layers.0": "cpu", "layers.1": "cpu", "layers.2": "disk", "layers.3": "disk"
+        }  # fmt: skip
     ids = stacked(rows_of(lambda row: 0))["input_ids"][:2]
     torch.testing.assert_close(spread(ids).logits, model(ids).logits, rtol=0, atol=0)
     greedy = dict(max_new_tokens=8, do_sample=False)
