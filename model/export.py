@@ -72,14 +72,15 @@ def export(
         OSError: it could not be written, and nothing is left.
         ValueError: the format cannot express the model, or the precision its weights.
     """
-    check_output(output, overwrite)
+    is_file = output.suffix == ".gguf"
+    for path in (output, output.with_suffix(".Modelfile")) if is_file else (output,):
+        check_output(path, overwrite)
     if dtype == "auto":
         dtype = "float16" if quantize else "float32"
     if kind == "gguf":
         check_quantize(quantize)
     state = cast(loaded.model.state_dict(), DTYPES[dtype])
     config, tokenizer = loaded.model.config, loaded.tokenizer
-    is_file = output.suffix == ".gguf"
     place = output.parent if is_file else output
     made = Export()
     with written_whole(output) as folder:
@@ -182,7 +183,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{output} exists: name another --output, or add --overwrite")
-    if output.is_dir() == (output.suffix in (".gguf", ".pth")):
+    if output.is_dir() == (output.suffix in (".gguf", ".pth", ".Modelfile")):
         kind = "folder" if output.is_dir() else "file"
         raise FileExistsError(f"{output} is a {kind}, which is never replaced by another kind")
     if output.is_dir():

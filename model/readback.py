@@ -10,6 +10,7 @@ from .checkpoint import (
     Loaded,
     check_against_flags,
     check_tokenizer,
+    extend_context,
     load_model,
     load_strictly,
     read_json,
@@ -47,6 +48,9 @@ def read_back(source: Path, args: argparse.Namespace) -> Loaded:
         tokenizer = Tokenizer(args.tokenizer or own_tokenizer or DEFAULT_TOKENIZER)
         config, state = read_peer(source)
     check_against_flags(config, args, source)
+    if args.rope_scaling:
+        extend_context(config, args.rope_scaling)
+    config.max_seq_len = args.max_seq_len or config.max_seq_len
     check_tokenizer(config, None, tokenizer, source)
     model = MiniMindForCausalLM(config)
     load_strictly(model, state, source)

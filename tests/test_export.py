@@ -275,6 +275,10 @@ def test_what_is_there_stays_unless_asked(make: Make, tmp_path: Path, name: str)
     export(make(seed=1), output, "gguf", overwrite=True)
     assert content() != before
     assert len(content()) == len(before) == 2
+    if output.is_file():
+        output.unlink()  # the recipe beside it is not overwritten unasked either
+        with pytest.raises(FileExistsError, match="out.Modelfile exists"):
+            export(make(), output, "gguf")
 
 
 def test_a_folder_with_anything_else_is_never_replaced(make: Make, tmp_path: Path) -> None:
@@ -357,8 +361,13 @@ def test_a_foreign_llama_comes_in(tokenizer: Tokenizer, tmp_path: Path) -> None:
     theirs = llama(num_key_value_heads=2, rope_theta=5e5).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="50KB")  # several files and an index
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    ours = read_back(tmp_path, flags("--tokenizer", str(tokenizer.folder))).model.eval()
+    given = ("--tokenizer", str(tokenizer.folder))
+    ours = read_back(tmp_path, flags(*given)).model.eval()
     torch.testing.assert_close(ours(ids()).logits, theirs(ids()).logits, rtol=0, atol=1e-5)
+    longer = read_back(tmp_path, flags(*given, "--rope_scaling", "linear:4")).model.config
+    assert (longer.max_seq_len, longer.rope_parameters["factor"]) == (4 * 2048, 4.0)
+    with pytest.raises(ValueError, match="dim=64, not 32"):
+        read_back(tmp_path, flags(*given, "--dim", "32"))
 
 
 def test_a_folder_that_is_not_whole_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
