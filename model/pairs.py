@@ -113,10 +113,11 @@ def encode_pair(
     mask: list[bool] = []
     for answer in answers if kept else ():
         messages, fitted = kept
-        sequence, trained = tokenizer.encode_chat_masked(messages, [*fitted[:-1], answer])
-        end = len(trained) - trained[::-1].index(True)  # the line break after </s> says nothing
+        sequence, said = tokenizer.encode_chat_masked(messages, [*fitted[:-1], answer])
+        end = len(said) - said[::-1].index(True)  # the line break after </s> says nothing
+        n_answer = len(answer) + 1  # with its </s>; earlier answers belong to the prompt
         ids += sequence[:end]
-        mask += trained[:end]
+        mask += [False] * (end - n_answer) + [True] * n_answer
     return ids, mask
 
 

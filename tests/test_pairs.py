@@ -41,13 +41,16 @@ def write_pairs(path: Path, n: int, *, n_questions: int | None = None) -> Path:
     words = WORDS.split()
     rows = []
     for i in range(n):
-        question = " ".join(
-            words[(i % (n_questions or n) + k) % len(words)] for k in range(1 + i % 4)
-        )
+        number = i % (n_questions or n)
+        question = " ".join(words[(number + k) % len(words)] for k in range(1 + number % 4))
         chosen = " ".join(words[(3 * i + k) % len(words)] for k in range(1 + i % 6))
-        rejected = " ".join(words[(5 * i + k) % len(words)] for k in range(1 + (i + 2) % 5)) + " no"
-        row = {"prompt": f"{question} {i % (n_questions or n)}", "chosen": chosen}
-        rows.append(row | {"rejected": rejected})
+        rejected = " ".join(words[(5 * i + k) % len(words)] for k in range(1 + (i + 2) % 5))
+        prompt: str | list[dict[str, str]] = f"{question} {number}"
+        if number % 3 == 0:  # a question after an earlier turn, whose answer is not trained
+            texts = zip(("user", "assistant", "user"), ("山", f"a {number}", prompt), strict=True)
+            prompt = [{"role": role, "content": text} for role, text in texts]
+        row = {"prompt": prompt, "chosen": chosen}
+        rows.append(row | {"rejected": f"{rejected} no"})
     path.write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
     return path
 
@@ -88,7 +91,11 @@ def test_each_sequence_is_the_chat_text_and_only_its_answer_is_trained(
     for i, row in enumerate(rows):
         if i not in held_out:
             # <s> itself is a sequence's first input, never a target
-            prompt = f"user\n{row['prompt']}\nassistant\n"
+            turns = row["prompt"]
+            if isinstance(turns, str):
+                turns = [{"role": "user", "content": turns}]
+            prompt = "".join(f"{turn['role']}\n{turn['content']}\n" for turn in turns)
+            prompt += "assistant\n"
             expected[prompt, row["chosen"], row["rejected"]] += 1
     assert found == expected
 
@@ -204,7 +211,7 @@ def test_precomputed_and_live_reference_are_the_same(
     build: Build, tmp_path: Path, tokenizer: Tokenizer, runtime: Runtime, is_packed: bool
 ) -> None:
     policy, reference = build(vocab_size=VOCAB), build(seed=1, vocab_size=VOCAB)
-    data = make(tmp_path, tokenizer, n=400 if not is_packed else 30)
+    data = make(tmp_path, tokenizer, n=30 if is_packed else 1500)
 
     def batches() -> list[PairBatch]:
         return [data.batch(np.arange(3))] if is_packed else data.held_out_batches()
