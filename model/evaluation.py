@@ -31,8 +31,11 @@ def evaluate(
     loss_fn: LossFn,
     device: torch.device,
     should_stop: Callable[[], bool] = lambda: False,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> dict[str, float] | None:
     """Return means over held-out batches, None if told to stop; the model's mode stays as it was.
+
+    Where several ranks measure a part of the batches each, ``gather`` collects what they found.
 
     ``val_loss`` is in nats per unit (trained token), ``val_bpb`` in bits per byte of UTF-8 text,
     which unlike the loss does not depend on the tokenizer. Empty where there is nothing to measure
@@ -52,10 +55,14 @@ def evaluate(
         n_units += batch.n_units
         n_bytes += batch.n_bytes
     model.train(was_training)
-    if should_stop():
+    parts = gather((sums, n_units, n_bytes, should_stop()))
+    if any(was_stopped for *_, was_stopped in parts):
         return None
+    n_units, n_bytes = (sum(part[place] for part in parts) for place in (1, 2))
     if not n_units:
         return {}
+    names = dict.fromkeys(name for part in parts for name in part[0])
+    sums = {name: sum(part[0].get(name, 0.0) for part in parts) for name in names}
     result = {name: value / n_units for name, value in sums.items()}
     if n_bytes:
         result["val_bpb"] = sums["val_loss"] / math.log(2) / n_bytes

@@ -1,15 +1,22 @@
 """Where a run takes place: device, precision, seeds, ranks, log."""
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+# Ranks wait for one another while one builds a token store or saves; a lost one is noticed by the
+# launcher, which ends them all, so nothing depends on this being short
+PATIENCE = timedelta(hours=12)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,8 +54,36 @@ class Runtime:
             print(f"warning: {message}", file=sys.stderr, flush=True)
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Return each value summed over all ranks."""
-        return values  # one rank
+        """Return each value summed over all ranks, the same on each of them."""
+        if self.world_size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in the order of ranks, on each of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def is_any(self, claim: bool) -> bool:
+        """Say whether the claim holds on any rank."""
+        return self.sum_over_ranks([float(claim)])[0] > 0
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let rank 0 go through the block before the others: it makes what they then find."""
+        if self.world_size == 1:
+            yield
+            return
+        if not self.is_main:
+            dist.barrier()
+        yield
+        if self.is_main:
+            dist.barrier()
 
 
 class StopRequest:
@@ -136,19 +171,53 @@ def inference_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def setup(device: str, dtype: str, seed: int, num_workers: int | None = None) -> Runtime:
-    """Find this process's place, seed its generators, limit the threads that tokenise.
+    """Find this process's place, join the other ranks, seed, limit the threads that tokenise.
+
+    Under ``torchrun`` (or anything else that sets its environment) every rank takes a GPU of its
+    own, or a share of the CPU, and meets the others: nccl with GPUs, gloo without.
 
     Raises:
-        ValueError: a device or precision that is not to be had, or a launcher with several
-            processes.
+        ValueError: a device or precision that is not to be had.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != 1:
-        raise ValueError(
-            f"WORLD_SIZE={world_size}: this version trains in one process; start it with python"
-        )
+    rank, world_size = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     picked = pick_device(device)
-    torch.manual_seed(seed)
+    if world_size > 1:
+        if picked.type == "mps":
+            raise ValueError("--device mps trains in one process: start it with python")
+        if picked.type == "cuda":
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            picked = pick_device(f"cuda:{local_rank}")
+            torch.cuda.set_device(picked)
+        backend = "nccl" if picked.type == "cuda" else "gloo"
+        if not dist.is_initialized():
+            dist.init_process_group(backend, timeout=PATIENCE)
+            atexit.register(leave)
+    torch.manual_seed(seed)  # the same on each rank: random weights begin equal
     if num_workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(num_workers)  # read when the tokenizer first runs
-    return Runtime(picked, training_dtype(dtype, picked))
+    return Runtime(picked, training_dtype(dtype, picked), rank, world_size)
+
+
+def leave() -> None:
+    """Part from the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the state of the random generators that training on ``device`` draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put the generators back to what :func:`random_state` gave, as far as the device is alike."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])

@@ -4,6 +4,7 @@ import argparse
 import math
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -13,20 +14,20 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from .checkpoint import Loaded, save_trained, weights_path, width_name
 from .console import progress_display
+from .engine import Engine
 from .evaluation import evaluate
 from .generation import SamplingOptions, generate, stream_text
-from .losses import Batch, LossFn, language_model_loss
+from .losses import IGNORED, Batch, LossFn, language_model_loss
 from .metrics import RunLog
 from .model import MiniMindForCausalLM
-from .optim import learning_rate_at, make_optimizer
+from .optim import learning_rate_at
 from .order import Sampler
 from .prefetch import prefetch
 from .report import human, model_cost, peak_flops, training_memory
-from .runtime import Runtime, StopRequest
+from .runtime import Runtime, StopRequest, random_state, set_random_state
 from .states import States, free_bytes
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -129,28 +130,19 @@ class Run:
     ) -> None:
         self.start, self.data, self.args, self.runtime = start, data, args, runtime
         self.stage, self.loss_fn, self.sample_prompt = stage, loss_fn, sample_prompt
-        self.model = model = start.model.to(runtime.device).train()
-        self.compute = self.model  # or its compiled form, of the same parameters
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.frozen = {
-            name
-            for name, p in model.named_parameters(remove_duplicate=False)
-            if not p.requires_grad
-        }
-        self.optimizer = make_optimizer(
-            model, args.optimizer, args.learning_rate, args.weight_decay
-        )
-        self.scaler = torch.amp.GradScaler(
-            runtime.device.type, enabled=runtime.dtype == torch.float16
-        )
+        self.engine = Engine(start.model, args, runtime)
+        if runtime.world_size > 1:  # from here on each rank draws its own dropout
+            torch.manual_seed(args.seed + runtime.rank)
+        self.model = model = self.engine.model
         self.name = run_name(args, stage, model)
         out = Path(args.out_dir)
         self.log = RunLog(out / "logs" / self.name)
         self.states = States(out / "checkpoints" / self.name, args.keep_last, runtime.warn)
         self.weights = weights_path(out, stage, model.config, args.run_name)
-        self.held_out = data.held_out_batches()
+        self.held_out = data.held_out_batches()[runtime.rank :: runtime.world_size]
         self.progress = Progress()
         self.stop = StopRequest()
+        self.stopping = False  # any rank was asked to
 
         self.update_rows = args.batch_size * args.accumulation_steps * runtime.world_size
         if args.max_steps:
@@ -179,19 +171,20 @@ class Run:
             self.refuse_to_overwrite()
         self.start_log(resumed)
         was_done = self.progress.step == self.n_steps
-        self.compile()
+        self.engine.prepare()
         with self.stop:
             self.loop()
         if was_done:
             self.runtime.log(f"{self.name}: all {self.n_steps:,} updates are done already")
-            self.save_results()  # a kill may have come between the last state and these
+            if self.runtime.is_main:
+                self.save_results()  # a kill may have come between the last state and these
         self.runtime.log(f"weights: {self.weights}; record: {self.log.folder}")
-        if self.stop and (self.progress.step < self.n_steps or self.progress.validation_due):
+        if self.stopping and (self.progress.step < self.n_steps or self.progress.validation_due):
             self.runtime.log(
                 f"stopped at update {self.progress.step:,} of {self.n_steps:,}; go on with: "
                 f"{resume_command()}"
             )
-            return 128 + self.stop.signal
+            return 128 + (self.stop.signal or signal.SIGTERM)
         return 0
 
     def loop(self) -> None:
@@ -201,7 +194,8 @@ class Run:
         started, before = time.monotonic(), progress.elapsed_s
         logged_at, logged_tokens = time.monotonic(), progress.tokens
         self.validate(bar)
-        if self.stop:
+        self.stopping = self.runtime.is_any(bool(self.stop))
+        if self.stopping:
             bar.close()  # nothing is new since the last save
             return
         updates = prefetch(self.updates(), depth=2)
@@ -228,11 +222,11 @@ class Run:
             progress.validation_due = progress.step % args.eval_interval == 0 or is_last
             self.validate(bar)
             progress.elapsed_s = before + time.monotonic() - started
-            is_stopping = bool(self.stop)
-            if progress.step % args.save_interval == 0 or is_last or is_stopping:
-                self.save(must=is_last or is_stopping)
+            self.stopping = self.runtime.is_any(bool(self.stop))
+            if progress.step % args.save_interval == 0 or is_last or self.stopping:
+                self.save(must=is_last or self.stopping)
             logged_at += time.monotonic() - paused_at  # speed is that of training alone
-            if is_stopping:
+            if self.stopping:
                 break
         updates.close()
         bar.close()
@@ -244,9 +238,14 @@ class Run:
         size = self.args.batch_size
         for begin in range(self.progress.samples, self.n_samples, self.update_rows):
             end = min(begin + self.update_rows, self.n_samples)
-            mine = range(begin, end)[self.runtime.rank :: self.runtime.world_size]
-            rows = self.sampler.rows(np.array(mine))
-            yield [self.data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+            everyones = range(begin, end)
+            mine = everyones[self.runtime.rank :: self.runtime.world_size]
+            rows = self.sampler.rows(np.array(mine or everyones[:1]))
+            parts = [self.data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+            if not mine:  # a last update of fewer rows than ranks: take part, contribute nothing
+                parts[0].targets.fill_(IGNORED)
+                parts[0].n_units = parts[0].n_tokens = 0
+            yield parts
 
     def update(self, batches: list[Batch], lr: float) -> float:
         """Make one update from the micro-batches of all ranks; return the gradient's norm.
@@ -257,41 +256,35 @@ class Run:
         Raises:
             ValueError: ten such updates in a row.
         """
-        runtime, progress = self.runtime, self.progress
+        runtime, progress, engine = self.runtime, self.progress, self.engine
         counts = [sum(b.n_units for b in batches), sum(b.n_tokens for b in batches)]
-        n_units, n_tokens = runtime.sum_over_ranks(counts)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        n_units, n_tokens = map(int, runtime.sum_over_ranks(counts))
         loss_sum = torch.zeros((), device=runtime.device)
-        metric_sums: dict[str, float] = {}
-        for batch in batches:
+        metric_sums: dict[str, torch.Tensor] = {}
+        for number, batch in enumerate(batches, 1):
             batch = batch.to(runtime.device)
-            with runtime.autocast():
-                sums = self.loss_fn(self.compute, batch)
-            loss = sums.loss / max(1, n_units)
-            if sums.balance is not None:
-                loss = loss + sums.balance * (batch.n_tokens / max(1, n_tokens))
-            # ranks average their gradients, so each gives its part times their number
-            self.scaler.scale(loss * runtime.world_size).backward()
+            with engine.part(is_last=number == len(batches)):
+                with runtime.autocast():
+                    sums = self.loss_fn(engine.compute, batch)
+                loss = sums.loss / max(1, n_units)
+                if sums.balance is not None:
+                    loss = loss + sums.balance * (batch.n_tokens / max(1, n_tokens))
+                engine.backward(loss)
             loss_sum += sums.loss.detach()
             for name, value in sums.metrics.items():
-                metric_sums[name] = metric_sums.get(name, 0.0) + float(value)
-        self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.args.grad_clip or math.inf))
-        total = runtime.sum_over_ranks([float(loss_sum)])[0]
-        is_finite = math.isfinite(norm) and math.isfinite(total)
-        if is_finite:
-            self.scaler.step(self.optimizer)
+                metric_sums[name] = metric_sums.get(name, 0.0) + value
+        values = [float(loss_sum), *(float(value) for value in metric_sums.values())]
+        total, *metrics = runtime.sum_over_ranks(values)
+        norm, is_made = engine.step(lr, math.isfinite(total))
+        if is_made:
             progress.skipped_in_a_row = 0
             progress.loss += total
             progress.units += n_units
-            for name, value in metric_sums.items():
+            for name, value in zip(metric_sums, metrics, strict=True):
                 progress.metrics[name] = progress.metrics.get(name, 0.0) + value
         else:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.samples = min(progress.samples + self.update_rows, self.n_samples)
         progress.tokens += n_tokens
@@ -343,6 +336,7 @@ class Run:
                 self.loss_fn,
                 self.runtime.device,
                 should_stop=lambda: bool(self.stop),
+                gather=self.runtime.gather,
             )
         if result is None:
             return
@@ -351,7 +345,8 @@ class Run:
             return
         record = {"step": progress.step, "epoch": self.epoch(), "tokens": progress.tokens}
         record |= result | {"elapsed_s": round(progress.elapsed_s, 3)}
-        if self.sample_prompt and len(self.sample_prompt) < self.model.config.max_seq_len:
+        has_room = len(self.sample_prompt or ()) < self.model.config.max_seq_len
+        if self.sample_prompt and has_room and self.runtime.is_main:
             record["sample"] = self.sample()
         self.write(record)
         bar.show(record)
@@ -393,7 +388,7 @@ class Run:
         T = self.data.row_positions
         tokens_per_batch = args.batch_size * T
         memory = training_memory(model, tokens_per_batch, runtime.dtype.itemsize)
-        n_trained = sum(p.numel() for p in self.parameters)
+        n_trained = sum(p.numel() for p in self.engine.parameters)
         state_bytes = 12 * n_trained  # weights and two moments
         n_new = max(1, args.keep_last + 1 - len(self.states.steps()))  # the old go after the new
         needed = n_new * state_bytes + 2 * 4 * n_trained
@@ -431,15 +426,6 @@ class Run:
                 "make room, lower --keep_last, or name another --out_dir"
             )
 
-    def compile(self) -> None:
-        """Compile the model if asked, and if there is a compiler."""
-        if not self.args.compile:
-            return
-        if self.runtime.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
-            self.runtime.warn("--compile needs g++ or clang++ on a CPU; going on without")
-            return
-        self.compute = torch.compile(self.model)
-
     # ------------------------------------------------------------------------- saving
 
     def identity(self) -> dict[str, Any]:
@@ -450,25 +436,18 @@ class Run:
         chosen |= {"warmup_iters": self.warmup, **self.data.fingerprint}
         ignored = {"transformers_version", "dtype", "_name_or_path"}
         config = self.model.config.to_diff_dict().items()
-        if self.frozen:  # not in the states, so it must be the same again
+        if self.engine.frozen:  # not in the states, so it must be the same again
             chosen["frozen weights"] = self.start.base_digest
         return chosen | {f"config.{k}": v for k, v in config if k not in ignored}
 
     def save(self, must: bool) -> None:
         """Write state and weights; a full disk is a warning unless the run ends here."""
+        random = self.runtime.gather(random_state(self.runtime.device))
         if not self.runtime.is_main:
             return
-        random = {"cpu": torch.get_rng_state()}
-        if self.runtime.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
-        elif self.runtime.device.type == "mps":
-            random["mps"] = torch.mps.get_rng_state()
-        weights = self.model.state_dict().items()
         state = {
-            "model": {name: value for name, value in weights if name not in self.frozen},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random": random,
+            **self.engine.state(),
+            "random": random,  # of each rank
             "progress": asdict(self.progress),
             "identity": self.identity(),
         }
@@ -527,6 +506,14 @@ class Run:
             self.runtime.log(f"nothing to resume in {self.states.folder}: starting anew")
             return False
         was, now = state["identity"], self.identity()
+        if (n_ranks := len(state["random"])) != self.runtime.world_size:
+            # the data's order does not depend on it, so the run goes on along the same rows
+            self.runtime.log(
+                f"saved by {n_ranks} ranks, going on with {self.runtime.world_size}: "
+                f"{self.update_rows} rows an update"
+            )
+            for name in ("rows an update", "rows in all"):
+                was[name] = now[name]
         changed = [
             f"{key}: {was.get(key)!r} then, {now.get(key)!r} now"
             for key in {**was, **now}
@@ -549,29 +536,16 @@ class Run:
         Raises:
             ValueError: it is of a model of another shape.
         """
-        settings = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.optimizer.param_groups
-        ]
         try:
-            weights = {k: v for k, v in self.model.state_dict().items() if k in self.frozen}
-            self.model.load_state_dict({**weights, **state["model"]})
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.engine.load_state(state)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"the states in {self.states.folder} are of a model of another shape: give the "
                 "flags it was started with, or name another --run_name"
             ) from error
-        for group, chosen in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(chosen)  # of this start: they may be the change that was accepted
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        random, device = state["random"], self.runtime.device
-        torch.set_rng_state(random["cpu"])
-        if device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], device)
-        elif device.type == "mps" and "mps" in random:
-            torch.mps.set_rng_state(random["mps"])
+        random = state["random"]
+        if len(random) == self.runtime.world_size:
+            set_random_state(random[self.runtime.rank], self.runtime.device)
         self.progress = Progress(**state["progress"])
         # counted from here: the updates may have had another size before
         left = max(0, self.n_samples - self.progress.samples)

@@ -38,8 +38,9 @@ ARROWS: dict[str, str] = {
     "report": "LMConfig model",
     "console": "report",
     "checkpoint": "LMConfig lora model runtime states tokenizer",
-    "trainer": "checkpoint console evaluation generation losses metrics model optim order prefetch "
-    "report runtime states",
+    "engine": "model optim runtime",
+    "trainer": "checkpoint console engine evaluation generation losses metrics model optim order "
+    "prefetch report runtime states",
     # into the formats of others, and back
     "llama": "LMConfig",
     "export_folder": "LMConfig llama states tokenizer",

@@ -316,10 +316,10 @@ def test_another_tokenizer_or_shape_is_no_change_to_accept(stopped: tuple[Path, 
 def test_accepted_settings_take_effect(stopped: tuple[Path, Path]) -> None:
     own, out = stopped
     run = make_run(own, out, "--max_steps 6 --weight_decay 0.5 --optimizer adam --resume_anyway")
-    settings = [dict(group, params=None) for group in run.optimizer.param_groups]
+    settings = [dict(group, params=None) for group in run.engine.optimizer.param_groups]
     assert run.resume()
-    assert [dict(group, params=None) for group in run.optimizer.param_groups] == settings
-    assert run.optimizer.state and run.progress.step == 2
+    assert [dict(group, params=None) for group in run.engine.optimizer.param_groups] == settings
+    assert run.engine.optimizer.state and run.progress.step == 2
 
 
 @pytest.mark.slow

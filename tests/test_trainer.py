@@ -102,7 +102,7 @@ def gradients(run: Run) -> list[dict[str, Tensor]]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         seen.append({names[id(p)]: p.grad.clone() for p in parameters})
 
-    run.optimizer.register_step_pre_hook(note)
+    run.engine.optimizer.register_step_pre_hook(note)
     return seen
 
 
@@ -297,9 +297,9 @@ def test_dtype_means_what_it_says(corpus: Path, tmp_path: Path, dtype: str, use_
     assert products == {getattr(torch, dtype)}
     # what the optimizer keeps and changes is single precision always
     kept = [*run.model.parameters(), *seen[0].values()]
-    kept += [v for state in run.optimizer.state.values() for v in state.values()]
+    kept += [v for state in run.engine.optimizer.state.values() for v in state.values()]
     assert {tensor.dtype for tensor in kept} == {torch.float32}
-    assert not run.scaler.is_enabled()
+    assert not run.engine.scaler.is_enabled()
 
 
 def test_half_precision_scales_its_loss_and_skips_what_overflows(
@@ -307,7 +307,7 @@ def test_half_precision_scales_its_loss_and_skips_what_overflows(
 ) -> None:
     half = Runtime(torch.device("cpu"), torch.float16)
     run, single = make_run(corpus, tmp_path, runtime=half), make_run(corpus, tmp_path)
-    assert run.scaler.is_enabled() and run.scaler.get_scale() == 2**16
+    assert run.engine.scaler.is_enabled() and run.engine.scaler.get_scale() == 2**16
     batches = next(run.updates())
     run_seen, single_seen = gradients(run), gradients(single)
     with products_of(run.model) as products:
@@ -319,11 +319,11 @@ def test_half_precision_scales_its_loss_and_skips_what_overflows(
         torch.testing.assert_close(
             run_seen[0][name], gradient, rtol=0, atol=0.02 * gradient.abs().max().item()
         )
-    run.scaler._scale.fill_(2.0**40)  # as if it had grown too far
+    run.engine.scaler._scale.fill_(2.0**40)  # as if it had grown too far
     before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     run.update(batches, 1e-3)
     assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
-    assert run.progress.skipped == 1 and run.scaler.get_scale() == 2.0**39
+    assert run.progress.skipped == 1 and run.engine.scaler.get_scale() == 2.0**39
 
 
 def test_half_precision_on_a_cpu_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -358,11 +358,11 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
     updates = run.updates()
     run.update(next(updates), 1e-3)
     before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-    moments = [s["exp_avg"].clone() for s in run.optimizer.state.values()]
+    moments = [s["exp_avg"].clone() for s in run.engine.optimizer.state.values()]
     loss, units = run.progress.loss, run.progress.units
     run.update(next(updates), 1e-3)
     assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
-    now = [s["exp_avg"] for s in run.optimizer.state.values()]
+    now = [s["exp_avg"] for s in run.engine.optimizer.state.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, now, strict=True))
     assert (run.progress.loss, run.progress.units) == (loss, units)
     assert (run.progress.step, run.progress.skipped, run.progress.skipped_in_a_row) == (2, 1, 1)

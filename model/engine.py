@@ -1,0 +1,121 @@
+"""What makes an update: the trained model, its optimizer, its loss scaler; one process or many."""
+
+import argparse
+import contextlib
+import math
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .model import MiniMindForCausalLM
+from .optim import make_optimizer
+from .runtime import Runtime
+
+
+class Engine:
+    """A model in training, in one process or, under ``torchrun``, as one of several equal ones.
+
+    Attributes:
+        model: what is trained, on the runtime's device.
+        compute: the same parameters as they are called in training: compiled, or wrapped so that
+            the ranks' gradients are averaged while they are computed.
+        parameters: those that are trained.
+        frozen: names of those that are not.
+    """
+
+    def __init__(self, model: MiniMindForCausalLM, args: argparse.Namespace, runtime: Runtime):
+        self.args, self.runtime = args, runtime
+        self.model = model.to(runtime.device).train()
+        self.compute: nn.Module = self.model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.frozen = {
+            name
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if not p.requires_grad
+        }
+        self.optimizer = make_optimizer(
+            model, args.optimizer, args.learning_rate, args.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(
+            runtime.device.type, enabled=runtime.dtype == torch.float16
+        )
+
+    def prepare(self) -> None:
+        """Wrap and compile the model, once all its parameters have their values."""
+        if self.runtime.world_size > 1:
+            device = self.runtime.device
+            # a graph that is the same each time: an idle expert runs too, on no tokens
+            self.compute = DistributedDataParallel(
+                self.model,
+                device_ids=[device] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                static_graph=self.args.accumulation_steps == 1,
+            )
+        if not self.args.compile:
+            return
+        if self.runtime.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+            self.runtime.warn("--compile needs g++ or clang++ on a CPU; going on without")
+            return
+        self.compute = torch.compile(self.compute)
+
+    def part(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """Return the context of a micro-batch; ranks exchange gradients in the last one alone."""
+        if isinstance(self.compute, DistributedDataParallel) and not is_last:
+            return self.compute.no_sync()
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's part of the update's loss.
+
+        Ranks average their gradients, so each gives its part times their number.
+        """
+        self.scaler.scale(loss * self.runtime.world_size).backward()
+
+    def step(self, lr: float, loss_is_finite: bool) -> tuple[float, bool]:
+        """Make the update, unless loss or gradient is not finite.
+
+        Returns:
+            the gradient's norm before clipping, and whether the update was made.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.args.grad_clip or math.inf))
+        is_made = loss_is_finite and math.isfinite(norm)
+        if is_made:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, is_made
+
+    # ------------------------------------------------------------------------- states
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next update depends on: trained weights, optimizer, loss scale."""
+        weights = self.model.state_dict().items()
+        return {
+            "model": {name: value for name, value in weights if name not in self.frozen},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state` gave; the optimizer's settings are this start's.
+
+        Raises:
+            RuntimeError, ValueError: it is of a model of another shape.
+        """
+        settings = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        weights = {k: v for k, v in self.model.state_dict().items() if k in self.frozen}
+        self.model.load_state_dict({**weights, **state["model"]})
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, chosen in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(chosen)  # they may be a change that was accepted
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
