@@ -28,14 +28,15 @@ def main(argv: list[str] | None = None) -> int:
 
     runtime = setup(args.device, args.dtype, args.seed, args.num_workers)
     start = start_model(args, after=None)
-    data = pretrain_data(
-        Path(args.data_path),
-        start.tokenizer,
-        start.model.config.max_seq_len,
-        val_path=args.val_data_path and Path(args.val_data_path),
-        recipe=args.recipe,
-        log=runtime.log,
-    )
+    with runtime.main_first():  # the others find the token store that it makes
+        data = pretrain_data(
+            Path(args.data_path),
+            start.tokenizer,
+            start.model.config.max_seq_len,
+            val_path=args.val_data_path and Path(args.val_data_path),
+            recipe=args.recipe,
+            log=runtime.log,
+        )
     if args.show_samples:
         print(data.show(args.show_samples, args.seed))
         return 0

@@ -9,10 +9,13 @@ from .report import clock, human
 
 
 def progress_display(
-    log: Callable[[str], None], step: int, n_steps: int
+    log: Callable[[str], None], step: int, n_steps: int, is_main: bool = True
 ) -> "TerminalBar | PlainLines":
-    """Return the display that fits where standard error goes; it begins at update ``step``."""
-    if sys.stderr.isatty():
+    """Return the display that fits where standard error goes; it begins at update ``step``.
+
+    Only one of several ranks, ``is_main``, has a bar; the others' ``log`` says nothing.
+    """
+    if sys.stderr.isatty() and is_main:
         return TerminalBar(step, n_steps)
     return PlainLines(log, step, n_steps)
 

@@ -189,12 +189,13 @@ class PairData(TrainingData):
             model: the one of ``reference_digest``, on the runtime's device.
         """
         digest = self.reference_digest
-        self.reference = stored_reference(self.store, model, digest, runtime)
         store = self.held_out[0]
         is_other = store.folder != self.store.folder
-        self.held_out_reference = (
-            stored_reference(store, model, digest, runtime) if is_other else self.reference
-        )
+        with runtime.main_first():
+            self.reference = stored_reference(self.store, model, digest, runtime)
+            self.held_out_reference = (
+                stored_reference(store, model, digest, runtime) if is_other else self.reference
+            )
 
 
 def number_sequences(segments: np.ndarray, mask: np.ndarray) -> np.ndarray:

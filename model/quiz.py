@@ -179,7 +179,12 @@ def load_quizzes(paths: Sequence[str]) -> dict[str, list[QuizItem]]:
 def before_and_after(
     loaded: "Loaded", quizzes: dict[str, list[QuizItem]], runtime: "Runtime"
 ) -> Iterator[None]:
-    """Take the quizzes, run the block that trains the model, take them again, tell both."""
+    """Take the quizzes, run the block that trains the model, take them again, tell both; on rank 0
+    alone.
+    """
+    if not runtime.is_main:
+        yield
+        return
     loaded.model.to(runtime.device)
     before = {name: take_quiz(loaded, items) for name, items in quizzes.items()}
     for name, result in before.items():

@@ -190,7 +190,8 @@ class Run:
     def loop(self) -> None:
         """Update until the schedule ends or a signal asks to stop; the last step always saves."""
         args, progress = self.args, self.progress
-        bar = progress_display(self.runtime.log, progress.step, self.n_steps)
+        runtime = self.runtime
+        bar = progress_display(runtime.log, progress.step, self.n_steps, runtime.is_main)
         started, before = time.monotonic(), progress.elapsed_s
         logged_at, logged_tokens = time.monotonic(), progress.tokens
         self.validate(bar)

@@ -13,6 +13,7 @@ import os
 import random
 import resource
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -166,18 +167,43 @@ def _server() -> Any:
     return context
 
 
-def start(name: str, *flags: object, log: Path) -> multiprocessing.Process:
+def start(
+    name: str, *flags: object, log: Path, env: dict[str, str] | None = None
+) -> multiprocessing.Process:
     """Start a script in a process of its own within milliseconds; ``log`` gets what it prints."""
-    process = _server().Process(target=_child, args=(name, flags, log), daemon=True)
+    process = _server().Process(target=_child, args=(name, flags, log, env or {}), daemon=True)
     process.start()
     return process
 
 
-def _child(name: str, flags: tuple[object, ...], log: Path) -> None:
+def start_ranks(
+    n_ranks: int, name: str, *flags: object, log: Path
+) -> list[multiprocessing.Process]:
+    """Start a script as the ranks of one run, with the environment that ``torchrun`` sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n_ranks)}
+    return [
+        start(name, *flags, log=log, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(n_ranks)
+    ]
+
+
+def run_ranks(n_ranks: int, name: str, *flags: object, log: Path) -> list[int]:
+    """Run a script as the ranks of one run to its end; return their exit codes."""
+    processes = start_ranks(n_ranks, name, *flags, log=log)
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def _child(name: str, flags: tuple[object, ...], log: Path, env: dict[str, str]) -> None:
     import torch
 
     from model.flags import run_main
 
+    os.environ.update(env)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
