@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             log=runtime.log,
         )
     if args.show_samples:
-        print(data.show(args.show_samples, args.seed))
+        runtime.log(data.show(args.show_samples, args.seed))
         return 0
     return train(
         start,

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             log=runtime.log,
         )
     if args.show_samples:
-        print(data.show(args.show_samples, args.seed))
+        runtime.log(data.show(args.show_samples, args.seed))
         return 0
     if "epochs" in args.from_recipe and args.recipe == "best":
         n_update = args.batch_size * args.accumulation_steps

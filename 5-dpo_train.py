@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             log=runtime.log,
         )
     if args.show_samples:
-        print(data.show(args.show_samples, args.seed))
+        runtime.log(data.show(args.show_samples, args.seed))
         return 0
     if args.lora is not None:
         start_adapter(start, args, runtime.dtype)

@@ -13,6 +13,11 @@ from typing import Any
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
 
 
@@ -72,6 +77,32 @@ class States:
         self.keep_last = keep_last
         self.warn = warn
         self._damaged: set[int] = set()  # steps, as far as they have been looked at
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process out of this run; the lock of a killed process is gone with it.
+
+        Raises:
+            ValueError: another process has it.
+        """
+        if fcntl is None:
+            yield
+            return
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        path = self.folder.with_name(f".{self.folder.name}.lock")  # not in what --overwrite removes
+        with open(path, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ValueError(
+                    f"{self.folder} is in use by process {file.read() or '?'}: wait for it, stop "
+                    "it, or keep both apart with --run_name"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
 
     def steps(self) -> list[int]:
         """Return the steps with a state, newest first."""

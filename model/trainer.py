@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -166,6 +167,11 @@ class Run:
         self.report()
         if self.args.dry_run:
             return 0
+        with self.states.locked() if self.runtime.is_main else nullcontext():
+            return self.go()
+
+    def go(self) -> int:
+        """Run to the end or to a stop, with the folder to itself."""
         resumed = self.resume() if self.args.resume else False
         if not resumed:
             self.refuse_to_overwrite()

@@ -361,3 +361,19 @@ def test_the_loss_seam_is_the_real_loss(corpus: Path, tmp_path: Path) -> None:
     model = make_run(corpus, tmp_path).model
     one, other = signalling()(model, batch), language_model_loss(model, batch)
     assert torch.equal(one.loss, other.loss)
+
+
+def test_a_second_run_in_the_same_place_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """Two starts of one command: the second leaves the first alone, and goes on after it."""
+    given = [*pretrain_flags(corpus, tmp_path), "--max_steps", "100000", "--resume"]
+    process = start("1-pretrain.py", *given, "--save_interval", "1", log=tmp_path / "log")
+    folder = tmp_path / "checkpoints" / "pretrain_32"
+    wait_until(lambda: any(folder.glob("step_*")), process)
+    for more in ("", "--overwrite"):
+        with pytest.raises(ValueError, match=f"is in use by process {process.pid}: wait for it"):
+            pretrain(corpus, tmp_path, "--max_steps 100000", more)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)  # leaves its lock file, but no lock
+    process.join(60)
+    newest = max(int(name.split("_")[1]) for name in states(tmp_path) if name.startswith("step"))
+    assert pretrain(corpus, tmp_path, f"--max_steps {newest + 2} --resume_anyway") == 0
