@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     from model.runtime import setup
     from model.trainer import train
 
-    runtime = setup(args.device, args.dtype, args.seed, args.num_workers)
+    where = args.device, args.dtype, args.seed, args.num_workers
+    runtime = setup(*where, zero_stage=args.zero_stage)
     start = start_model(args, after=None)
     with runtime.main_first():  # the others find the token store that it makes
         data = pretrain_data(

@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     from model.runtime import setup
     from model.trainer import train
 
-    runtime = setup(args.device, args.dtype, args.seed, args.num_workers)
+    where = args.device, args.dtype, args.seed, args.num_workers
+    runtime = setup(*where, zero_stage=args.zero_stage)
     start = start_model(args, after="pretrain" if args.chat == "single" else "full_sft_single")
     runtime.log(f"starting from {start.path or 'random weights'}")
     with runtime.main_first():  # the others find the token store that it makes

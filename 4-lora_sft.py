@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     from model.trainer import train
 
     quizzes = load_quizzes(args.quiz)
-    runtime = setup(args.device, args.dtype, args.seed, args.num_workers)
+    where = args.device, args.dtype, args.seed, args.num_workers
+    runtime = setup(*where, zero_stage=args.zero_stage)
     start = start_model(args, after="full_sft_single")
     runtime.log(f"starting from {start.path or 'random weights'}")
     with runtime.main_first():  # the others find the token store that it makes

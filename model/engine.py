@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,12 +94,21 @@ class Engine:
 
     # ------------------------------------------------------------------------- states
 
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[MiniMindForCausalLM]:
+        """Yield the model with all its parameters, to measure or to save; every rank must ask."""
+        yield self.model
+
     def state(self) -> dict[str, Any]:
-        """Return what the next update depends on: trained weights, optimizer, loss scale."""
+        """Return what the next update depends on: trained weights, optimizer, loss scale.
+
+        By the parameters' names, so that any engine can take it up; every rank must ask.
+        """
         weights = self.model.state_dict().items()
+        names = {id(p): name for name, p in self.model.named_parameters()}
         return {
             "model": {name: value for name, value in weights if name not in self.frozen},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {names[id(p)]: state for p, state in self.optimizer.state.items()},
             "scaler": self.scaler.state_dict(),
         }
 
@@ -108,14 +118,15 @@ class Engine:
         Raises:
             RuntimeError, ValueError: it is of a model of another shape.
         """
-        settings = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.optimizer.param_groups
-        ]
         weights = {k: v for k, v in self.model.state_dict().items() if k in self.frozen}
         self.model.load_state_dict({**weights, **state["model"]})
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, chosen in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(chosen)  # they may be a change that was accepted
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        order = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+        found = state["optimizer"]
+        if found and set(found) != set(order):
+            raise ValueError("the optimizer's state is of other parameters")
+        kept = self.optimizer.state_dict()["param_groups"]  # settings: this start's
+        numbered = {number: found[name] for number, name in enumerate(order) if found}
+        self.optimizer.load_state_dict({"state": numbered, "param_groups": kept})
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

@@ -3,6 +3,7 @@ once.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -220,6 +221,13 @@ def training_parser(
     machine.add_argument(
         "--num_workers", type=positive(int), help="threads that tokenise (default: every core)"
     )
+    ranks = parser.add_argument_group("several processes (torchrun, deepspeed)")
+    add = ranks.add_argument
+    add_switch(ranks, "--ddp", "as in v1; under torchrun it goes without saying")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    add("--zero_stage", type=int, choices=range(4), help="DeepSpeed's ZeRO (default 1; 0: DDP)")
+    add_switch(ranks, "--offload", "ZeRO: optimizer (stage 3: parameters too) in the CPU's memory")
+    add("--deepspeed_config", metavar="FILE", help="DeepSpeed's JSON, for what has no flag")
     watching = parser.add_argument_group("watching and saving")
     add = watching.add_argument
     add("--log_interval", type=positive(int), default=10, help="updates between log lines")
@@ -244,9 +252,27 @@ def parse_training_args(
     for name in args.from_recipe:
         setattr(args, name, recipe[name])
     args.resume = args.resume or args.resume_anyway
+    is_deepspeed = args.local_rank is not None or args.offload or args.deepspeed_config
+    if args.zero_stage is None:
+        args.zero_stage = stage_in(args.deepspeed_config) if is_deepspeed else 0
+    if args.zero_stage == 0 and (args.offload or args.deepspeed_config):
+        parser.error(
+            "--offload and --deepspeed_config need ZeRO stage 1, 2 or 3; stage 0 keeps everything "
+            "on every rank, which plain torchrun does too"
+        )
     if getattr(args, "lora_alpha", 0) is None:
         args.lora_alpha = 2.0 * args.lora_rank
     return args
+
+
+def stage_in(path: str | None) -> int:
+    """Return the ZeRO stage that a DeepSpeed configuration names, 1 where it names none."""
+    try:
+        with open(path or os.devnull, encoding="utf-8") as file:
+            stage = json.load(file)["zero_optimization"]["stage"]
+    except (ValueError, KeyError, TypeError):  # a damaged file is told of when it is used
+        return 1
+    return stage if isinstance(stage, int) else 1
 
 
 def run_main(main: Callable[[], int | None]) -> None:

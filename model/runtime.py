@@ -170,20 +170,28 @@ def inference_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def setup(device: str, dtype: str, seed: int, num_workers: int | None = None) -> Runtime:
+def setup(
+    device: str, dtype: str, seed: int, num_workers: int | None = None, *, zero_stage: int = 0
+) -> Runtime:
     """Find this process's place, join the other ranks, seed, limit the threads that tokenise.
 
     Under ``torchrun`` (or anything else that sets its environment) every rank takes a GPU of its
-    own, or a share of the CPU, and meets the others: nccl with GPUs, gloo without.
+    own, or a share of the CPU, and meets the others: nccl with GPUs, gloo without. DeepSpeed
+    (``zero_stage``) wants such a meeting of one rank, too.
 
     Raises:
         ValueError: a device or precision that is not to be had.
     """
     rank, world_size = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     picked = pick_device(device)
-    if world_size > 1:
+    if world_size > 1 or zero_stage:
         if picked.type == "mps":
             raise ValueError("--device mps trains in one process: start it with python")
+        if "RANK" not in os.environ:
+            raise ValueError(
+                "--zero_stage, --offload and --deepspeed_config need a launcher: "
+                f"deepspeed --num_gpus=1 {sys.argv[0]} …"
+            )
         if picked.type == "cuda":
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
             picked = pick_device(f"cuda:{local_rank}")

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from .prefetch import prefetch
 from .report import human, model_cost, peak_flops, training_memory
 from .runtime import Runtime, StopRequest, random_state, set_random_state
 from .states import States, free_bytes
+from .zero import ZeroEngine
 
 MAX_SKIPPED_IN_A_ROW = 10
 WARMUP_SHARE, MAX_WARMUP = 0.02, 200
@@ -131,7 +132,8 @@ class Run:
     ) -> None:
         self.start, self.data, self.args, self.runtime = start, data, args, runtime
         self.stage, self.loss_fn, self.sample_prompt = stage, loss_fn, sample_prompt
-        self.engine = Engine(start.model, args, runtime)
+        make_engine = ZeroEngine if args.zero_stage else Engine
+        self.engine = make_engine(start.model, args, runtime)
         if runtime.world_size > 1:  # from here on each rank draws its own dropout
             torch.manual_seed(args.seed + runtime.rank)
         self.model = model = self.engine.model
@@ -182,8 +184,9 @@ class Run:
             self.loop()
         if was_done:
             self.runtime.log(f"{self.name}: all {self.n_steps:,} updates are done already")
-            if self.runtime.is_main:
-                self.save_results()  # a kill may have come between the last state and these
+            with self.engine.whole() as model:
+                if self.runtime.is_main:
+                    self.save_results(model)  # a kill may have come before these
         self.runtime.log(f"weights: {self.weights}; record: {self.log.folder}")
         if self.stopping and (self.progress.step < self.n_steps or self.progress.validation_due):
             self.runtime.log(
@@ -336,25 +339,26 @@ class Run:
         progress = self.progress
         if not progress.validation_due:
             return
-        with self.runtime.autocast():
-            result = evaluate(
-                self.model,
-                self.held_out,
-                self.loss_fn,
-                self.runtime.device,
-                should_stop=lambda: bool(self.stop),
-                gather=self.runtime.gather,
-            )
-        if result is None:
-            return
-        progress.validation_due = False
-        if not result:
-            return
-        record = {"step": progress.step, "epoch": self.epoch(), "tokens": progress.tokens}
-        record |= result | {"elapsed_s": round(progress.elapsed_s, 3)}
-        has_room = len(self.sample_prompt or ()) < self.model.config.max_seq_len
-        if self.sample_prompt and has_room and self.runtime.is_main:
-            record["sample"] = self.sample()
+        with self.engine.whole() as model:
+            with self.runtime.autocast():
+                result = evaluate(
+                    model,
+                    self.held_out,
+                    self.loss_fn,
+                    self.runtime.device,
+                    should_stop=lambda: bool(self.stop),
+                    gather=self.runtime.gather,
+                )
+            if result is None:
+                return
+            progress.validation_due = False
+            if not result:
+                return
+            record = {"step": progress.step, "epoch": self.epoch(), "tokens": progress.tokens}
+            record |= result | {"elapsed_s": round(progress.elapsed_s, 3)}
+            has_room = len(self.sample_prompt or ()) < model.config.max_seq_len
+            if self.sample_prompt and has_room and self.runtime.is_main:
+                record["sample"] = self.sample(model)
         self.write(record)
         bar.show(record)
 
@@ -380,13 +384,13 @@ class Run:
         except OSError as error:
             self.runtime.warn(f"a line is missing in {self.log.path} ({error})")
 
-    def sample(self) -> str:
+    def sample(self, model: MiniMindForCausalLM) -> str:
         """Return the likeliest continuation of the sample prompt."""
         options = SamplingOptions(max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
-        self.model.eval()
-        tokens = generate(self.model, self.sample_prompt, options)
+        model.eval()
+        tokens = generate(model, self.sample_prompt, options)
         text = "".join(stream_text(self.start.tokenizer, tokens))
-        self.model.train()
+        model.train()
         return text
 
     def report(self) -> None:
@@ -450,29 +454,30 @@ class Run:
     def save(self, must: bool) -> None:
         """Write state and weights; a full disk is a warning unless the run ends here."""
         random = self.runtime.gather(random_state(self.runtime.device))
-        if not self.runtime.is_main:
-            return
         state = {
             **self.engine.state(),
             "random": random,  # of each rank
             "progress": asdict(self.progress),
             "identity": self.identity(),
         }
-        try:
-            self.states.save(self.progress.step, state)
-            self.save_results()
-        except OSError as error:
-            if must:
-                raise
-            self.runtime.warn(
-                f"update {self.progress.step:,} is not saved ({error}); older states stay, the run "
-                "goes on and tries again at the next save"
-            )
+        with self.engine.whole() as model:
+            if not self.runtime.is_main:
+                return
+            try:
+                self.states.save(self.progress.step, state)
+                self.save_results(model)
+            except OSError as error:
+                if must:
+                    raise
+                self.runtime.warn(
+                    f"update {self.progress.step:,} is not saved ({error}); older states stay, the "
+                    "run goes on and tries again at the next save"
+                )
 
-    def save_results(self) -> None:
+    def save_results(self, model: MiniMindForCausalLM) -> None:
         """Write the weights under v1's name, and the curve."""
         save_trained(
-            self.start,
+            replace(self.start, model=model),
             self.weights,
             stage=self.stage,
             step=self.progress.step,

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tiny_runs import (
     MODEL,
     PLACE,
     ROOT,
+    free_port,
     pretrain,
     pretrain_flags,
     records,
@@ -198,3 +200,109 @@ def test_torchrun_starts_it_and_an_error_on_one_rank_ends_all(corpus: Path, tmp_
     done = torchrun("--max_steps", "3")  # refused: there is a run
     assert done.returncode == 1
     assert "holds a run that came to update 3" in done.stderr
+
+
+# ----------------------------------------------------------------------------- DeepSpeed
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "tolerance"),
+    ((1, "", 1e-5), (2, "--use_moe", 1e-3), (3, "", 1e-5)),
+)
+def test_zero_trains_as_one_process(
+    corpus: Path, tmp_path: Path, stage: int, flags: str, tolerance: float
+) -> None:
+    """The optimizer asked for really steps: the course is AdamW's with our rates and our decay."""
+    given = f"{OFTEN} {flags} --max_steps 30 --val_data_path {corpus}/val.csv"
+    assert pretrain(corpus, tmp_path / "one", given, "--accumulation_steps 4") == 0
+    zero = [*pretrain_flags(corpus, tmp_path / "zero"), given, "--accumulation_steps 2"]
+    zero += ["--zero_stage", str(stage)]
+    assert run_ranks(2, "1-pretrain.py", *zero, log=tmp_path / "log") == [0, 0]
+    name = "pretrain_32_moe" if flags else "pretrain_32"
+    check_same_course(tmp_path / "one", tmp_path / "zero", name, tolerance)
+    one, two = (torch.load(tmp_path / f"{o}/{name}.pth") for o in ("one", "zero"))
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=100 * tolerance)
+
+
+@pytest.mark.parametrize("stage", (2, 3))
+def test_a_run_goes_from_one_process_to_zero_and_on_to_plain_ranks(
+    corpus: Path, tmp_path: Path, stage: int
+) -> None:
+    """Each takes up the other's state, moments included, and the course is the one of no change."""
+    flags = f"{OFTEN} --max_steps 24 --val_data_path {corpus}/val.csv --save_interval 8"
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    assert pretrain(corpus, straight, flags) == 0
+    given = [*pretrain_flags(corpus, moved), flags, "--keep_last 9 --batch_size 2 --resume"]
+    log, folder = tmp_path / "log", moved / "checkpoints" / "pretrain_32"
+
+    def take_back(step: int) -> None:
+        """Let the run stand at ``step``, as if it had been killed after that save."""
+        for path in folder.glob("step_*"):
+            if int(path.name.split("_")[1]) > step:
+                shutil.rmtree(path)
+
+    assert pretrain(corpus, moved, flags, "--keep_last 9") == 0
+    take_back(8)
+    zero = f"--zero_stage {stage}"
+    assert run_ranks(2, "1-pretrain.py", *given, zero, log=log) == [0, 0]
+    again = tmp_path / "again"
+    shutil.copytree(moved, again)
+    take_back(16)
+    assert run_ranks(2, "1-pretrain.py", *given, log=log) == [0, 0]
+    check_same_course(straight, moved, "pretrain_32", 1e-5)
+    # under the engine that saved it goes on bit for bit
+    expected = records(again), torch.load(again / "pretrain_32.pth")
+    folder = again / "checkpoints" / "pretrain_32"
+    take_back(16)
+    given += [zero, "--out_dir", str(again)]
+    assert run_ranks(2, "1-pretrain.py", *given, log=log) == [0, 0]
+    assert records(again) == expected[0]
+    for name, tensor in torch.load(again / "pretrain_32.pth").items():
+        assert torch.equal(tensor, expected[1][name])
+
+
+def test_the_deepspeed_launcher_starts_it(corpus: Path, tmp_path: Path) -> None:
+    """As documented for v1; adapters and preferences included, whose base is frozen."""
+    given = f"{PLACE} {MODEL} --tokenizer {corpus}/tokenizer --init_from none --max_steps 6 {OFTEN}"
+    command = [Path(sys.executable).with_name("deepspeed"), "--master_port", free_port()]
+    command += ["--num_gpus=2", ROOT / "5-dpo_train.py", *given.split(), "--zero_stage", "2"]
+    command += ["--data_path", corpus / "pairs.json", "--out_dir", tmp_path / "out", "--lora"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    path = f"{Path(sys.executable).parent}:{env['PATH']}"
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=150,
+        env=env | {"PATH": path},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [r for r in records(tmp_path / "out", "lora_dpo_32") if "lr" in r]
+    assert found[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and found[-1]["loss"] < 0.69
+    assert (tmp_path / "out/lora_rl_32/adapter_model.safetensors").is_file()
+
+
+def test_what_deepspeed_cannot_do_is_told(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = pretrain_flags(corpus, tmp_path / "out")
+    with pytest.raises(ValueError, match="need a launcher: deepspeed --num_gpus=1"):
+        run("1-pretrain.py", *given, "--zero_stage 1")
+    config = tmp_path / "ds.json"
+    for content, message in (
+        ({"gradient_clipping": 5.0}, "gradient_clipping=5.0, the flags say 1.0"),
+        ({"optimizer": {"type": "SGD"}}, "has 'optimizer', which --optimizer"),
+    ):
+        config.write_text(json.dumps(content), "utf-8")
+        log = tmp_path / f"log{len(message)}"
+        flags = [*given, "--deepspeed_config", str(config)]
+        assert run_ranks(1, "1-pretrain.py", *flags, log=log) == [1]
+        assert message in log.read_text("utf-8")
+    config.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    with pytest.raises(SystemExit):
+        run("1-pretrain.py", *given, "--deepspeed_config", config)
+    assert "stage 0 keeps everything on every rank" in capsys.readouterr().err
+    config.write_text(json.dumps({"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"}))
+    flags = [*given, "--deepspeed_config", str(config), "--max_steps", "2"]
+    assert run_ranks(1, "1-pretrain.py", *flags, log=tmp_path / "log") == [0]

@@ -39,8 +39,9 @@ ARROWS: dict[str, str] = {
     "console": "report",
     "checkpoint": "LMConfig lora model runtime states tokenizer",
     "engine": "model optim runtime",
+    "zero": "engine model runtime",
     "trainer": "checkpoint console engine evaluation generation losses metrics model optim order "
-    "prefetch report runtime states",
+    "prefetch report runtime states zero",
     # into the formats of others, and back
     "llama": "LMConfig",
     "export_folder": "LMConfig llama states tokenizer",

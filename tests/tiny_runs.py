@@ -176,14 +176,17 @@ def start(
     return process
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def start_ranks(
     n_ranks: int, name: str, *flags: object, log: Path
 ) -> list[multiprocessing.Process]:
     """Start a script as the ranks of one run, with the environment that ``torchrun`` sets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n_ranks)}
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(n_ranks)}
     return [
         start(name, *flags, log=log, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(n_ranks)
