@@ -238,6 +238,9 @@ def training_parser(
     add_switch(watching, "--resume_anyway", "resume although data or settings changed")
     add_switch(watching, "--overwrite", "start anew although there is a run of this name")
     add("--show_samples", type=positive(int), metavar="N", help="print N training rows and stop")
+    add_switch(watching, "--use_wandb", "log to Weights & Biases too (WANDB_MODE=offline: on disk)")
+    add("--wandb_project", default="MiniMind", help="default: %(default)s")
+    add("--wandb_run_name", help="default: the run's name")
     add_switch(watching, "--dry_run", "print the report that comes before the first step and stop")
     return parser
 

@@ -1,8 +1,9 @@
-"""The record of a run: metrics.jsonl, config.json, curve.png."""
+"""The record of a run: metrics.jsonl, config.json, curve.png, and a copy for Weights & Biases."""
 
 import json
 import math
 import os
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -92,3 +93,63 @@ class RunLog:
             figure.savefig(temporary, format="png")
         pyplot.close(figure)
         return path
+
+
+class WandbLog:
+    """Sends the lines of a record to Weights & Biases too; whatever fails there is one warning.
+
+    The run's id is kept beside the record, so that a resumed run goes on in the same place.
+    ``WANDB_MODE=offline`` keeps the files here, to be sent by ``wandb sync``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        project: str,
+        name: str,
+        settings: dict[str, Any],
+        *,
+        resumed: bool,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._warn = warn
+        self._run: Any = None
+        try:
+            import wandb
+
+            path = folder / "wandb_id"
+            if not (resumed and path.is_file()):
+                path.write_text(uuid.uuid4().hex[:8] + "\n", "utf-8")
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                id=path.read_text("utf-8").strip(),
+                resume="allow",
+                config=settings,
+                dir=str(folder),
+            )
+        except Exception as error:  # of many kinds: no package, no key, no network, no disk
+            self._give_up(error)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Send one line, its numbers at its step and its text as it is."""
+        if self._run is None:
+            return
+        try:
+            self._run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self, exit_code: int) -> None:
+        """Say that the run has ended."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish(exit_code=exit_code)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self._warn(f"wandb is left out, the run goes on ({reason})")

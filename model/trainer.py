@@ -22,7 +22,7 @@ from .engine import Engine
 from .evaluation import evaluate
 from .generation import SamplingOptions, generate, stream_text
 from .losses import IGNORED, Batch, LossFn, language_model_loss
-from .metrics import RunLog
+from .metrics import RunLog, WandbLog
 from .model import MiniMindForCausalLM
 from .optim import learning_rate_at
 from .order import Sampler
@@ -140,6 +140,7 @@ class Run:
         self.name = run_name(args, stage, model)
         out = Path(args.out_dir)
         self.log = RunLog(out / "logs" / self.name)
+        self.wandb: WandbLog | None = None
         self.states = States(out / "checkpoints" / self.name, args.keep_last, runtime.warn)
         self.weights = weights_path(out, stage, model.config, args.run_name)
         self.held_out = data.held_out_batches()[runtime.rank :: runtime.world_size]
@@ -170,7 +171,10 @@ class Run:
         if self.args.dry_run:
             return 0
         with self.states.locked() if self.runtime.is_main else nullcontext():
-            return self.go()
+            code = self.go()
+        if self.wandb:
+            self.wandb.close(code)
+        return code
 
     def go(self) -> int:
         """Run to the end or to a stop, with the folder to itself."""
@@ -374,6 +378,15 @@ class Run:
         settings |= {"command": sys.argv, "n_steps": self.n_steps, "n_samples": self.n_samples}
         if self.runtime.is_main:
             self.log.start(settings, is_kept)
+        if self.runtime.is_main and self.args.use_wandb:
+            self.wandb = WandbLog(
+                self.log.folder,
+                self.args.wandb_project,
+                self.args.wandb_run_name or self.name,
+                settings,
+                resumed=resumed,
+                warn=self.runtime.warn,
+            )
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a line to the record; a full disk loses the line, not the run."""
@@ -383,6 +396,8 @@ class Run:
             self.log.write(record)
         except OSError as error:
             self.runtime.warn(f"a line is missing in {self.log.path} ({error})")
+        if self.wandb:
+            self.wandb.write(record)
 
     def sample(self, model: MiniMindForCausalLM) -> str:
         """Return the likeliest continuation of the sample prompt."""

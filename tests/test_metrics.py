@@ -1,13 +1,14 @@
 """The record of a run: whole lines, valid JSON, cut back on resume, drawn."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 from tiny_runs import full_disk
 
-from model.metrics import RunLog
+from model.metrics import RunLog, WandbLog
 
 
 def lines(log: RunLog) -> list[str]:
@@ -87,3 +88,36 @@ def test_the_curve_shows_training_and_validation(tmp_path: Path) -> None:
 
 def test_a_curve_of_nothing_is_drawn_too(tmp_path: Path) -> None:
     assert make_log(tmp_path).draw().read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_wandb_gets_the_numbers_and_a_resumed_run_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real client, which writes its files here and sends nothing."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    warnings: list[str] = []
+    ids = []
+    for resumed in (False, True, False):
+        settings = {"epochs": 1.0}
+        log = WandbLog(tmp_path, "P", "run", settings, resumed=resumed, warn=warnings.append)
+        log.write({"step": 3, "val_loss": 0.1234, "sample": "长江"})
+        log.close(0)
+        ids.append((tmp_path / "wandb_id").read_text("utf-8"))
+    assert ids[0] == ids[1] != ids[2] and not warnings
+    written = [path.read_bytes() for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
+    assert len(written) >= 2  # of the two ids; a folder's name has the second it was made in
+    for data in written:
+        assert b"val_loss" in data and b"0.1234" in data and "长江".encode() in data
+
+
+def test_wandb_that_is_missing_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now fails
+    warnings: list[str] = []
+    log = WandbLog(tmp_path, "P", "run", {}, resumed=False, warn=warnings.append)
+    log.write({"step": 1, "loss": 1.0})
+    log.close(0)
+    assert len(warnings) == 1 and "wandb is left out, the run goes on (" in warnings[0]
