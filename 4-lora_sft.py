@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     from model.checkpoint import start_adapter, start_model  # torch comes in here
     from model.dataset import sft_data
     from model.lora import describe
-    from model.quiz import before_and_after, load_quizzes
+    from model.quiz import BeforeAndAfter, load_quizzes
     from model.runtime import setup
     from model.trainer import train
 
@@ -62,20 +62,25 @@ def main(argv: list[str] | None = None) -> int:
         runtime.log(data.show(args.show_samples, args.seed))
         return 0
     if "epochs" in args.from_recipe and args.recipe == "best":
-        n_update = args.batch_size * args.accumulation_steps
+        if "batch_size" in args.from_recipe:  # no row twice in an update
+            args.batch_size = min(args.batch_size, max(1, data.n_rows // runtime.world_size))
+        n_update = args.batch_size * args.accumulation_steps * runtime.world_size
         args.epochs = max(args.epochs, ENOUGH_UPDATES * n_update / data.n_rows)
     start_adapter(start, args, runtime.dtype)
     runtime.log(f"adapter     {describe(start.model)}")
-    with before_and_after(start, {} if args.dry_run else quizzes, runtime):
-        return train(
-            start,
-            data,
-            args,
-            runtime,
-            stage="lora",
-            sample_prompt=start.tokenizer.encode_chat(SAMPLE_CHAT, add_generation_prompt=True),
-            validate_first=True,
-        )
+    quiz = BeforeAndAfter(start, {} if args.dry_run else quizzes, runtime)
+    code = train(
+        start,
+        data,
+        args,
+        runtime,
+        stage="lora",
+        sample_prompt=start.tokenizer.encode_chat(SAMPLE_CHAT, add_generation_prompt=True),
+        validate_first=True,
+    )
+    if code == 0:  # not after a stop: the resumed run tells
+        quiz.tell()
+    return code
 
 
 if __name__ == "__main__":

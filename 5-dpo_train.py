@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     from model.lora import describe
     from model.losses import PreferenceLoss
     from model.pairs import dpo_data
-    from model.quiz import before_and_after, load_quizzes
+    from model.quiz import BeforeAndAfter, load_quizzes
     from model.runtime import setup
     from model.trainer import train
 
@@ -100,17 +100,20 @@ def main(argv: list[str] | None = None) -> int:
         reference = deepcopy(start.model).eval().requires_grad_(False)
     elif not args.dry_run:
         data.measure_reference(start.model, runtime)
-    with before_and_after(start, {} if args.dry_run else quizzes, runtime):
-        return train(
-            start,
-            data,
-            args,
-            runtime,
-            stage="dpo" if args.lora is None else "lora_dpo",
-            loss_fn=PreferenceLoss(args.beta, args.label_smoothing, reference),
-            sample_prompt=start.tokenizer.encode_chat(SAMPLE_CHAT, add_generation_prompt=True),
-            validate_first=True,
-        )
+    quiz = BeforeAndAfter(start, {} if args.dry_run else quizzes, runtime)
+    code = train(
+        start,
+        data,
+        args,
+        runtime,
+        stage="dpo" if args.lora is None else "lora_dpo",
+        loss_fn=PreferenceLoss(args.beta, args.label_smoothing, reference),
+        sample_prompt=start.tokenizer.encode_chat(SAMPLE_CHAT, add_generation_prompt=True),
+        validate_first=True,
+    )
+    if code == 0:  # not after a stop: the resumed run tells
+        quiz.tell()
+    return code
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     lora = getattr(args, "lora", None)
     name = report.results_name(loaded.path, Path(args.out_dir), lora, args.shots)
     folder = Path(args.out_dir) / "ceval" / name
+    if args.split != "val":
+        folder /= args.split
     report.write_replies(replies, folder, args.split)
     if args.split == "test":
         for path in report.write_submission(replies, folder):

@@ -94,14 +94,15 @@ def main(argv: list[str] | None = None) -> int:
         where = {"weights": stage.weights, "lora": stage.lora, "load_from": None}
         try:
             loaded = load_for_inference(argparse.Namespace(**{**vars(args), **where}))
+            log = partial(print, head, sep=": ", file=sys.stderr, flush=True)
+            measured = measure(loaded, tasks, log)
         except (ValueError, OSError) as error:  # the other stages are worth their time
             print(f"{head}: left out, {error}", file=sys.stderr)
             failed += 1
             continue
         known = {"stage": stage.name, "weights": str(loaded.path)}
         known |= {"lora": str(stage.lora)} if stage.lora else {}
-        log = partial(print, head, sep=": ", file=sys.stderr, flush=True)
-        results.append(known | measure(loaded, tasks, log))
+        results.append(known | measured)
         # after each stage, so that Ctrl-C loses one and not all
         write_json({**facts, "stages": results}, folder / "report.json")
         (folder / "report.md").write_text(report(results), encoding="utf-8")

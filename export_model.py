@@ -41,6 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--output {args.output} does not end in .pth: --from makes a weights file")
     if args.quantize and args.format != "gguf":
         parser.error("--quantize goes with --format gguf: only GGUF files have quantized types")
+    if args.format != "gguf" and args.output.endswith(".gguf"):
+        parser.error(f"--output {args.output}: {args.format} is a folder; .gguf is --format gguf")
     if args.bin and args.format not in ("minimind", "llama"):
         parser.error("--bin goes with --format minimind or llama")
     if args.push_to_hub and (args.source or args.output.endswith(".gguf")):
@@ -58,7 +60,8 @@ def read_back(args: argparse.Namespace) -> None:
     from model.readback import read_back
 
     output = Path(args.output)
-    check_output(output, args.overwrite)
+    for path in (output, sidecar(output)):
+        check_output(path, args.overwrite)
     loaded = read_back(Path(args.source), args)
     save_weights(loaded.model, output, loaded.tokenizer, read_from=args.source)
     print(f"wrote {output} and {sidecar(output)}\nchat: python 2-eval.py --weights {output}")

@@ -127,6 +127,8 @@ def write_replies(replies: Sequence[Reply], folder: Path, split: str) -> None:
     Nothing is known to be right in the test split: there ``answer`` and ``is_right`` are empty.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob(f"*{SUFFIX}"):  # of another exam: what lies here is one exam's
+        earlier.unlink()
     for subject, members in by_subject(replies).items():
         path = folder / f"{subject}_{split}{SUFFIX}"
         with open(path, "w", newline="", encoding="utf-8") as file:

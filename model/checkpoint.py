@@ -43,8 +43,8 @@ STAGE_STEMS = {
     "pretrain": "pretrain",
     "full_sft_single": "single_chat/full_sft",
     "full_sft_multi": "multi_chat/full_sft",
-    "lora": "lora",
     "dpo": "rl",
+    "lora": "lora",  # adapters last: they may lie on any of those above
     "lora_dpo": "lora_rl",
 }
 ADAPTER_STAGES = ("lora", "lora_dpo")  # they leave a folder with an adapter
@@ -96,9 +96,10 @@ def save_weights(
     """Write the ``state_dict`` and, beside it, the configuration, tokenizer hash and ``facts``."""
     known = {"config": model.config.to_diff_dict(), "tokenizer_sha256": tokenizer.sha256, **facts}
     known["tokenizer"] = str(tokenizer.folder)
-    write_json(known, sidecar(path))
     with atomic_write(path) as temporary:
         save_tensors(model.state_dict(), temporary)
+        # the disk had room for the weights: now both files get their names, one after the other
+        write_json(known, sidecar(path))
 
 
 def save_trained(loaded: Loaded, path: Path, **facts: Any) -> None:
@@ -456,6 +457,8 @@ def attach_adapter(loaded: Loaded, folder: Path) -> None:
     tokenizer = facts.get("tokenizer_sha256")
     check_tokenizer(loaded.model.config, tokenizer, loaded.tokenizer, folder)
     loaded.base_digest = loaded.base_digest or weights_digest(loaded.model)
+    load_adapter(loaded.model, folder)
+    loaded.adapter = folder
     if facts.get("base_digest") not in (None, loaded.base_digest):
         recorded = read_adapter_config(folder)["base_model_name_or_path"]
         print(
@@ -463,8 +466,6 @@ def attach_adapter(loaded: Loaded, folder: Path) -> None:
             "fits their shape, but may not mean the same on them",
             file=sys.stderr,
         )
-    load_adapter(loaded.model, folder)
-    loaded.adapter = folder
 
 
 def expected_config(args: argparse.Namespace) -> LMConfig:

@@ -323,14 +323,16 @@ class TrainingData:
     def describe(self) -> str:
         """Return the data's size in a line for people."""
         manifest = self.store.manifest
+        n_documents = manifest["documents"]
         if self.is_chat:  # fitted to a row when they were tokenised, so never cut
             what, detail = "conversations", f"{manifest['trained_tokens']:,} of them trained"
+            n_documents = int(np.count_nonzero(np.diff(self.store.offsets)))  # dropped: no tokens
         else:
             left_out = len(self.held_out[1]) if self.held_out[0] is self.store else 0
             n_cuts = self.plan.n_pieces - (manifest["documents"] - left_out)
             what, detail = "documents", f"{n_cuts:,} cuts where one is longer than a row"
         return (
-            f"{manifest['documents']:,} {what}, {manifest['tokens']:,} tokens, {detail}; "
+            f"{n_documents:,} {what}, {manifest['tokens']:,} tokens, {detail}; "
             f"{self.n_rows:,} rows of {self.row_positions} positions, "
             f"{100 * self.plan.utilisation:.2f} % of them in use; held out: "
             f"{len(self.held_out[1]):,}"

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -12,12 +13,13 @@ import torch
 from .checkpoint import Loaded
 from .export_folder import CODE, TOKENIZER_FILES, write_llama, write_minimind
 from .export_gguf import FLOATS, modelfile, quantizations, write_gguf
-from .hub import model_card
+from .hub import CARD_TAG, model_card
 from .llama import StateDict
 from .states import sync
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# All that an export writes: only a folder of nothing else is ever replaced
+# What an export writes into a folder: only a folder of nothing else is ever replaced. A model card
+# is not among them, nor a .gguf of another name: a user may have put those there.
 OWN_FILES = {
     *CODE,
     *TOKENIZER_FILES,
@@ -26,7 +28,6 @@ OWN_FILES = {
     "model.safetensors",
     "pytorch_model.bin",
     "Modelfile",
-    "README.md",
 }
 
 
@@ -190,13 +191,24 @@ def check_output(output: Path, overwrite: bool) -> None:
         foreign = sorted(
             path.name
             for path in output.iterdir()
-            if path.name not in OWN_FILES and path.suffix != ".gguf"
+            if path.name not in OWN_FILES and path.name not in own_names(output)
         )
         if foreign:
             raise FileExistsError(
                 f"{output} holds {', '.join(foreign[:3])}, which no export writes: it is not "
                 "replaced; name another --output"
             )
+
+
+def own_names(folder: Path) -> set[str]:
+    """Return which files of a folder have names that only an export of it gives them: its .gguf,
+    and a model card that is ours.
+    """
+    names = {path.name for path in folder.glob(f"{escape(folder.name)}-*.gguf")}
+    card = folder / "README.md"
+    if card.is_file() and CARD_TAG in card.read_text("utf-8", errors="replace"):
+        names.add(card.name)
+    return names
 
 
 @contextmanager
@@ -221,7 +233,10 @@ def written_whole(output: Path) -> Iterator[Path]:
             replace_folder(staging, output)
         sync(output.parent)
     except OSError as error:
-        raise OSError(f"{output} could not be written, nothing is left of it: {error}") from error
+        raise OSError(
+            f"{output} could not be written, and is as it was before: make room, or name another "
+            f"--output ({error})"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -132,17 +132,28 @@ def lora_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags that say what a new adapter is made of."""
     group = parser.add_argument_group("adapter (LoRA)")
     add = group.add_argument
-    add("--lora_rank", type=positive(int), default=16, help="default %(default)s")
+    add("--lora_rank", type=positive(int), help="default 16")
     add("--lora_alpha", type=positive(float), help="scale times rank (default: twice the rank)")
-    add("--lora_dropout", type=non_negative(float), default=0.0, help="default %(default)s")
+    add("--lora_dropout", type=non_negative(float), help="default 0")
     add(
         "--lora_targets",
         nargs="+",
-        default=LORA_TARGETS.split(),
         metavar="NAME",
         help=f"layers to adapt (default {LORA_TARGETS})",
     )
     return group
+
+
+def fill_lora(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in what was not said of a new adapter; one that is there says it all itself."""
+    names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
+    given = [f"--{name}" for name in names if getattr(args, name) is not None]
+    if args.lora and given:
+        parser.error(f"--lora {args.lora} goes on from that adapter as it is: drop {given[0]}")
+    rank = args.lora_rank or 16
+    for name, usual in zip(names, (rank, 2.0 * rank, 0.0, LORA_TARGETS.split()), strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
 
 
 def quiz_flag(parser: argparse.ArgumentParser) -> None:
@@ -263,8 +274,8 @@ def parse_training_args(
             "--offload and --deepspeed_config need ZeRO stage 1, 2 or 3; stage 0 keeps everything "
             "on every rank, which plain torchrun does too"
         )
-    if getattr(args, "lora_alpha", 0) is None:
-        args.lora_alpha = 2.0 * args.lora_rank
+    if "lora_rank" in args:
+        fill_lora(parser, args)
     return args
 
 

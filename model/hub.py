@@ -5,6 +5,8 @@ from pathlib import Path
 
 from .LMConfig import LMConfig
 
+CARD_TAG = "tags: [minimind]"  # by which a card is known to be ours
+
 
 def model_card(name: str, config: LMConfig, n_params: int, usage: list[str]) -> str:
     """Return the README.md of a model; its licence is for its maker to add.
@@ -24,7 +26,7 @@ def model_card(name: str, config: LMConfig, n_params: int, usage: list[str]) -> 
         "language: [zh, en]",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        "tags: [minimind]",
+        CARD_TAG,
         "---",
         "",
         f"# {name.split('/')[-1]}",

@@ -82,7 +82,8 @@ class RunLog:
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
         axes.set_xlabel("million tokens")
-        axes.set_ylabel("loss, nats per trained token")
+        is_of_pairs = any("margin" in record for record in records)
+        axes.set_ylabel(f"loss, nats per {'pair' if is_of_pairs else 'trained token'}")
         axes.set_title(self.folder.name)
         axes.grid(alpha=0.3)
         if axes.lines:

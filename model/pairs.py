@@ -8,7 +8,8 @@ masked stretch does, and nothing else needs to be stored.
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,15 @@ from torch import nn
 
 from .dataset import (
     CONVERSATIONS_A_BATCH,
-    EVAL_POSITIONS,
     Log,
     TrainingData,
     fit,
+    length_groups,
     separate,
     source_folder,
 )
 from .encoding import Documents, content_hash
-from .losses import IGNORED, PairBatch, answer_logps, run_model
+from .losses import IGNORED, PairBatch, pair_logps
 from .packing import open_plan, read_rows
 from .rows import read_preferences
 from .states import atomic_write
@@ -37,6 +38,7 @@ from .tokenizer import Message, Tokenizer
 from .tokens import StoreKey, TokenStore
 
 TELL_EVERY_S = 15
+ROWS_AT_ONCE = 4  # in which the reference is measured
 
 
 def pair_store(
@@ -153,8 +155,7 @@ class PairData(TrainingData):
         attention_mask, position_ids = separate(torch.from_numpy(sequences[:, :-1]))
         reference = None
         if self.reference is not None:
-            numbers = np.searchsorted(self.store.offsets, positions, side="right") - 1
-            reference = torch.from_numpy(self.reference[numbers].reshape(-1))
+            reference = torch.from_numpy(self.reference[self.numbers(rows)].reshape(-1))
         return PairBatch(
             torch.from_numpy(tokens[:, :-1].copy()),
             torch.from_numpy(targets),
@@ -167,6 +168,11 @@ class PairData(TrainingData):
             reference_logps=reference,
         )
 
+    def numbers(self, rows: np.ndarray) -> np.ndarray:
+        """Return the pairs of rows, in order: their document numbers."""
+        positions, _, _ = self.plan.pieces(rows)
+        return np.searchsorted(self.store.offsets, positions, side="right") - 1
+
     def _alone(self, store: TokenStore, numbers: list[int]) -> PairBatch:
         reference = self.held_out_reference
         known = None if reference is None else torch.from_numpy(reference[numbers].reshape(-1))
@@ -175,8 +181,9 @@ class PairData(TrainingData):
     def describe(self) -> str:
         """Return the data's size in a line for people."""
         manifest = self.store.manifest
+        n_pairs = int(np.count_nonzero(np.diff(self.store.offsets)))  # a dropped one has no tokens
         return (
-            f"{manifest['documents']:,} pairs, {manifest['tokens']:,} tokens, "
+            f"{n_pairs:,} pairs, {manifest['tokens']:,} tokens, "
             f"{manifest['trained_tokens']:,} of them in answers; {self.n_rows:,} rows of "
             f"{self.row_positions} positions, {100 * self.plan.utilisation:.2f} % of them in use; "
             f"held out: {len(self.held_out[1]):,}"
@@ -185,17 +192,67 @@ class PairData(TrainingData):
     def measure_reference(self, model: nn.Module, runtime: Any) -> None:
         """Fill ``reference`` and ``held_out_reference``, measured once and kept in the stores.
 
+        They are measured in the very rows that are trained and validated on: in bf16 another
+        layout rounds differently, by as much as the margins of the first updates.
+
         Args:
             model: the one of ``reference_digest``, on the runtime's device.
         """
-        digest = self.reference_digest
-        store = self.held_out[0]
-        is_other = store.folder != self.store.folder
+        was_training = model.training
+        model.eval()
         with runtime.main_first():
-            self.reference = stored_reference(self.store, model, digest, runtime)
-            self.held_out_reference = (
-                stored_reference(store, model, digest, runtime) if is_other else self.reference
-            )
+            rows = np.array_split(np.arange(self.n_rows), max(1, self.n_rows // ROWS_AT_ONCE))
+            parts = ((self.numbers(part), partial(self.batch, part)) for part in rows)
+            name = self.plan.path.stem
+            self.reference = self._measured(self.store, name, parts, model, runtime)
+            store, numbers = self.held_out
+            groups = length_groups(store, numbers, self.plan.row_tokens)
+            parts = ((np.array(group), partial(self._alone, store, group)) for group in groups)
+            self.held_out_reference = self._measured(store, "held-out", parts, model, runtime)
+        model.train(was_training)
+
+    def _measured(
+        self,
+        store: TokenStore,
+        layout: str,
+        parts: Iterable[tuple[np.ndarray, Callable[[], PairBatch]]],
+        model: nn.Module,
+        runtime: Any,
+    ) -> np.ndarray:
+        """Return the log probabilities of the answers of ``parts``, (n_documents, 2) fp32, read
+        from the store's folder where they have been measured before: the same weights, precision
+        and layout. They go when the store goes.
+        """
+        precision = str(runtime.dtype).removeprefix("torch.")
+        path = store.folder / f"reference-{self.reference_digest}-{precision}-{layout}.npy"
+        shape = (store.n_documents, 2)
+        if path.is_file():
+            try:
+                known = np.load(path, allow_pickle=False)
+                if known.shape == shape and known.dtype == np.float32:
+                    return known
+            except (ValueError, EOFError):  # damaged: measured anew below
+                pass
+        values, n_done = np.zeros(shape, np.float32), 0
+        begin = told = time.monotonic()
+        for numbers, make_batch in parts:
+            batch = make_batch().to(runtime.device)
+            with torch.no_grad(), runtime.autocast():
+                logps, _ = pair_logps(model, batch)
+            values[numbers] = logps.view(-1, 2).float().cpu().numpy()
+            n_done += len(numbers)
+            if time.monotonic() - told > TELL_EVERY_S:
+                told = time.monotonic()
+                runtime.log(f"reference   {n_done:,} of at most {len(values):,} pairs measured")
+        elapsed_s = time.monotonic() - begin
+        try:
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, values)
+            kept = f"kept in {path}"
+        except OSError as error:
+            kept = f"not kept ({error}), so to be measured again at the next start"
+        runtime.log(f"reference   {n_done:,} pairs in {elapsed_s:.1f} s, {kept}")
+        return values
 
 
 def number_sequences(segments: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -246,62 +303,6 @@ def padded_sequences(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> Pair
         n_tokens=int(lengths.sum()),
         sequence_ids=torch.arange(len(sequences))[:, None].expand(shape),
     )
-
-
-def stored_reference(store: TokenStore, model: nn.Module, digest: str, runtime: Any) -> np.ndarray:
-    """Return the log probabilities of a store's answers under ``model``: (n_documents, 2) fp32.
-
-    They are read from the store's folder where they have been measured before, with the same
-    weights in the same precision. They go when the store goes.
-    """
-    precision = str(runtime.dtype).removeprefix("torch.")
-    path = store.folder / f"reference-{digest}-{precision}.npy"
-    shape = (store.n_documents, 2)
-    if path.is_file():
-        try:
-            known = np.load(path, allow_pickle=False)
-            if known.shape == shape and known.dtype == np.float32:
-                return known
-        except ValueError:  # damaged: measured anew below
-            pass
-    begin = time.monotonic()
-    values = measure_logps(store, model, runtime)
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, values)
-    elapsed_s = time.monotonic() - begin
-    runtime.log(f"reference   {store.n_documents:,} pairs in {elapsed_s:.1f} s, kept in {path}")
-    return values
-
-
-@torch.no_grad()
-def measure_logps(store: TokenStore, model: nn.Module, runtime: Any) -> np.ndarray:
-    """Return the log probability of each answer under ``model``: (n_documents, 2) fp32.
-
-    The sequences are measured in order of their length, so that a batch has little padding.
-    """
-    numbers = np.flatnonzero(np.diff(store.offsets))  # a pair that was dropped has no tokens
-    lengths = np.array([[len(ids) for ids, _ in split_pair(store, n)] for n in numbers]).ravel()
-    order = np.argsort(lengths, kind="stable")  # of sequences, two for each pair
-    values = np.zeros((store.n_documents, 2), np.float32)
-    was_training = model.training
-    model.eval()
-    n_done, told = 0, time.monotonic()
-    while n_done < len(order):
-        # the longest of as many as fit decides
-        sizes = lengths[order[n_done:]] * np.arange(1, len(order) - n_done + 1)
-        group = order[n_done : n_done + max(1, int(np.searchsorted(sizes, EVAL_POSITIONS)))]
-        batch = padded_sequences([split_pair(store, numbers[i // 2])[i % 2] for i in group])
-        batch = batch.to(runtime.device)
-        with runtime.autocast():
-            logits = run_model(model, batch).logits
-        logps = answer_logps(logits, batch.targets, batch.sequence_ids, len(group))
-        values[numbers[group // 2], group % 2] = logps.cpu().numpy()
-        n_done += len(group)
-        if time.monotonic() - told > TELL_EVERY_S:
-            told = time.monotonic()
-            runtime.log(f"reference   {n_done:,} of {len(order):,} answers measured")
-    model.train(was_training)
-    return values
 
 
 def dpo_data(

@@ -8,8 +8,7 @@ does not contain: the answers to other questions, so that a list of everything i
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,28 +174,28 @@ def load_quizzes(paths: Sequence[str]) -> dict[str, list[QuizItem]]:
     return {name: load_quiz(path) for name, path in zip(names, paths, strict=True)}
 
 
-@contextmanager
-def before_and_after(
-    loaded: "Loaded", quizzes: dict[str, list[QuizItem]], runtime: "Runtime"
-) -> Iterator[None]:
-    """Take the quizzes, run the block that trains the model, take them again, tell both; on rank 0
-    alone.
-    """
-    if not runtime.is_main:
-        yield
-        return
-    loaded.model.to(runtime.device)
-    before = {name: take_quiz(loaded, items) for name, items in quizzes.items()}
-    for name, result in before.items():
-        runtime.log(f"quiz        {name}: {score_line(result)} before training")
-    yield
-    for name, items in quizzes.items():
-        after = take_quiz(loaded, items)
-        points = 100 * (after.accuracy - before[name].accuracy)
-        runtime.log(
-            f"quiz        {name}: {score_line(before[name])} before, {score_line(after)} after "
-            f"({points:+.1f} points)"
-        )
+class BeforeAndAfter:
+    """Quizzes taken at once, on rank 0 alone, and again when training has come to its end."""
+
+    def __init__(
+        self, loaded: "Loaded", quizzes: dict[str, list[QuizItem]], runtime: "Runtime"
+    ) -> None:
+        self.loaded, self.runtime = loaded, runtime
+        self.quizzes = quizzes if runtime.is_main else {}
+        loaded.model.to(runtime.device)
+        self.before = {name: take_quiz(loaded, items) for name, items in self.quizzes.items()}
+        for name, result in self.before.items():
+            runtime.log(f"quiz        {name}: {score_line(result)} before training")
+
+    def tell(self) -> None:
+        """Take them again and print both results."""
+        for name, items in self.quizzes.items():
+            before, after = self.before[name], take_quiz(self.loaded, items)
+            points = 100 * (after.accuracy - before.accuracy)
+            self.runtime.log(
+                f"quiz        {name}: {score_line(before)} before, {score_line(after)} after "
+                f"({points:+.1f} points)"
+            )
 
 
 def score_line(result: QuizResult) -> str:

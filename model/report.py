@@ -1,7 +1,9 @@
 """What a run is about to cost: parameters, arithmetic, memory, the device's speed."""
 
+import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -48,21 +50,45 @@ def model_cost(model: MiniMindForCausalLM, seq_len: int) -> Cost:
     return Cost(n_params, n_active, 6 * n_active + 12 * config.n_layers * config.dim * seq_len)
 
 
-def training_memory(model: MiniMindForCausalLM, tokens_per_batch: int, bytes_per_value: int) -> int:
-    """Estimate the peak bytes of training: weights, gradients, Adam's two moments, activations.
+def training_memory(
+    model: MiniMindForCausalLM, tokens_per_batch: int, dtype: torch.dtype, n_ranks: int = 1
+) -> int:
+    """Estimate the bytes that training takes at its peak: weights, Adam's moments, and what a
+    micro-batch keeps for its backward pass or the gradients, of which the one makes room for the
+    other.
 
-    The activations are a count of what the backward pass keeps of each layer; attention keeps
-    nothing quadratic under the fused kernels.
+    What is kept of a layer was counted in the code of :mod:`model.model` and fits the measured
+    peaks (``benchmarks/memory.py``): in fp32 13 rows of ``dim`` and 4 of the feed-forward's width a
+    token; under autocast the residual stream stays fp32 beside bf16 copies. Attention keeps nothing
+    quadratic under the fused kernels.
+
+    Args:
+        n_ranks: with more than one the gradients have buckets of their own.
     """
     config = model.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    width = config.hidden_dim
+    width, rows = config.hidden_dim, 13.0
     if config.use_moe:
         width *= config.num_experts_per_tok + config.n_shared_experts
-    per_token = config.n_layers * (18 * config.dim + 6 * width) * bytes_per_value
-    logits = config.vocab_size * (bytes_per_value + 8)  # as computed, in fp32, and their gradient
-    return weights + 12 * n_trained + tokens_per_batch * (per_token + logits)
+        rows += 6 * config.num_experts_per_tok  # tokens sorted by expert, and back
+    is_half = dtype.itemsize == 2
+    per_layer = (58 / 13 if is_half else 4) * rows * config.dim + 4 * dtype.itemsize * width
+    logits = config.vocab_size * (dtype.itemsize + 8)  # as computed, in fp32, their gradient
+    kept = round(tokens_per_batch * (config.n_layers * per_layer + logits))
+    gradients = 4 * n_trained
+    return weights + 8 * n_trained + (max(kept, gradients) if n_ranks == 1 else kept + gradients)
+
+
+def process_memory(model: MiniMindForCausalLM) -> int:
+    """Return the bytes that this process has beside the model: Python, torch, data; 0 where the
+    system does not tell.
+    """
+    path = Path("/proc/self/statm")
+    if not path.is_file():
+        return 0
+    resident = int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return max(0, resident - sum(p.numel() * p.element_size() for p in model.parameters()))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:

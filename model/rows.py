@@ -184,6 +184,8 @@ def preference_form(row: dict[str, Any]) -> str:
     if "conversations" in row or "messages" in row:
         return "conversations, chosen, rejected"
     rejected = "reject" if "reject" in row and "rejected" not in row else "rejected"
+    if "prompt" not in row and isinstance(row["chosen"], list):
+        return f"whole conversations in chosen, {rejected}"
     return f"{'prompt' if 'prompt' in row else 'instruction'}, chosen, {rejected}"
 
 

@@ -75,11 +75,17 @@ def ensure_store(
         return open_store(folder, key)
     except StaleStore:
         folder.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder.parent, os.W_OK):
+        raise PermissionError(
+            f"{folder} is to be made beside its source, but {folder.parent} cannot be written to: "
+            "copy the source to a folder of yours"
+        )
     with _exclusive(folder):
         try:
             return open_store(folder, key)
         except StaleStore as reason:
-            log(f"building {folder}: {reason}")
+            is_there = (folder / "manifest.json").exists()
+            log(f"building {folder}" + (f" anew: {reason}" if is_there else ""))
         return _write_store(folder, key, make_documents, shard_tokens)
 
 

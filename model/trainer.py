@@ -27,7 +27,7 @@ from .model import MiniMindForCausalLM
 from .optim import learning_rate_at
 from .order import Sampler
 from .prefetch import prefetch
-from .report import human, model_cost, peak_flops, training_memory
+from .report import human, model_cost, peak_flops, process_memory, training_memory
 from .runtime import Runtime, StopRequest, random_state, set_random_state
 from .states import States, free_bytes
 from .zero import ZeroEngine
@@ -413,7 +413,9 @@ class Run:
         args, runtime, model = self.args, self.runtime, self.model
         T = self.data.row_positions
         tokens_per_batch = args.batch_size * T
-        memory = training_memory(model, tokens_per_batch, runtime.dtype.itemsize)
+        memory = training_memory(model, tokens_per_batch, runtime.dtype, runtime.world_size)
+        if runtime.device.type == "cpu":
+            memory += process_memory(model)
         n_trained = sum(p.numel() for p in self.engine.parameters)
         state_bytes = 12 * n_trained  # weights and two moments
         n_new = max(1, args.keep_last + 1 - len(self.states.steps()))  # the old go after the new

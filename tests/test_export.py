@@ -28,9 +28,10 @@ from transformers import (
 )
 
 from model.checkpoint import Loaded, save_weights
-from model.export import export
+from model.export import check_output, export
 from model.flags import model_flags
 from model.generation import SamplingOptions, generate
+from model.hub import CARD_TAG
 from model.model import MiniMindForCausalLM
 from model.readback import read_back
 from model.tokenizer import EOS_ID, Tokenizer
@@ -517,3 +518,29 @@ def test_a_folder_is_pushed_to_a_hub(
     with pytest.raises(OSError, match=r"third is written, but not pushed to a/b/c .*Repo id must"):
         run("export_model.py", *given[:-1], "--push_to_hub a/b/c --format llama --output",
             tmp_path / "third")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- what is not ours
+
+
+def test_a_folder_is_never_written_under_the_name_of_a_gguf_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for kind in ("minimind", "llama"):
+        with pytest.raises(SystemExit) as caught:
+            run("export_model.py", f"--format {kind} --output {tmp_path}/my.gguf")
+        assert caught.value.code == 2
+        assert f"my.gguf: {kind} is a folder" in capsys.readouterr().err
+
+
+def test_overwrite_takes_nothing_that_no_export_wrote(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for name in ("other-model.gguf", "README.md"):
+        (folder / name).write_text("mine")
+        with pytest.raises(FileExistsError, match=f"holds {name}, which no export writes"):
+            check_output(folder, overwrite=True)
+        (folder / name).unlink()
+    (folder / "models-q8_0.gguf").write_text("ours")
+    (folder / "README.md").write_text(f"---\n{CARD_TAG}\n---\n")
+    check_output(folder, overwrite=True)

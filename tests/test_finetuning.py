@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from tiny_runs import (
 from model.flags import run_main
 
 GIVEN = f"{PLACE} --tokenizer tokenizer --dim 32 {QUIET} --batch_size 4"
-LORA = f"{GIVEN} --data_path own.jsonl --val_data_path val.jsonl --lora_rank 4"
+OWN = f"{GIVEN} --data_path own.jsonl --val_data_path val.jsonl"
+LORA = f"{OWN} --lora_rank 4"
 DPO = f"{GIVEN} --data_path pairs.json --learning_rate 1e-3"
 
 
@@ -158,7 +160,7 @@ def test_an_adapter_is_not_resumed_on_another_base(here: Path, base: Path) -> No
 def test_a_second_adapter_begins_where_the_first_ended(here: Path) -> None:
     flags = "--max_steps 40 --learning_rate 1e-2"
     assert run("4-lora_sft.py", LORA, flags) == 0
-    assert run("4-lora_sft.py", LORA, flags, "--lora out/lora_32 --run_name more") == 0
+    assert run("4-lora_sft.py", OWN, flags, "--lora out/lora_32 --run_name more") == 0
     first, second = (records(here / "out", f"lora_32{n}") for n in ("", "_more"))
     # in fp32: the file holds what the run had
     assert second[0]["val_loss"] == pytest.approx(first[-1]["val_loss"], abs=1e-6)
@@ -215,7 +217,7 @@ def test_a_live_reference_trains_the_same(here: Path) -> None:
     assert run("5-dpo_train.py", DPO, flags, "--run_name stored") == 0
     assert run("5-dpo_train.py", DPO, flags, "--run_name live --reference live") == 0
     stored, live = (records(here / "out", f"dpo_32_{n}") for n in ("stored", "live"))
-    assert len(list(here.glob("pairs.tokens/reference-*.npy"))) == 1
+    assert len(list(here.glob("pairs.tokens/reference-*-held-out.npy"))) == 1
     for one, two in zip(stored, live, strict=True):
         if "lr" in one:
             assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
@@ -268,6 +270,36 @@ def test_quizzes_are_taken_before_and_after(here: Path, capsys: pytest.CaptureFi
     assert shown[-1] == last
 
 
+def test_a_run_that_was_stopped_does_not_tell_what_it_changed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    item = json.dumps({"question": "river 1", "accept": ["mountain"]})
+    (here / "quiz.jsonl").write_text(item, "utf-8")
+    stop_at(2, monkeypatch)
+    assert run("4-lora_sft.py", LORA, "--max_steps 9 --quiz quiz.jsonl") == 128 + signal.SIGTERM
+    shown = capsys.readouterr().out
+    assert "before training" in shown and "after" not in shown
+
+
+def test_an_adapter_that_is_there_says_itself_what_it_is(
+    here: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("4-lora_sft.py", LORA, "--lora out/lora_32")
+    assert caught.value.code == 2
+    assert "--lora out/lora_32 goes on from that adapter as it is: drop" in capsys.readouterr().err
+
+
+def test_a_few_chats_are_not_copied_to_fill_a_batch(
+    here: Path, capsys: pytest.CaptureFixture
+) -> None:
+    own = here / "own.jsonl"
+    own.write_text("".join(own.read_text("utf-8").splitlines(keepends=True)[:3]), "utf-8")
+    given = OWN.replace("--batch_size 4", "")
+    assert run("4-lora_sft.py", given, "--dry_run") == 0
+    assert re.search(r"= 200 updates of [1-3] rows ", capsys.readouterr().out)
+
+
 MISTAKES = {
     "no adapter": ("4-lora_sft.py", "--lora out", "out holds no adapter (no adapter_config.json)"),
     "no such layer": ("4-lora_sft.py", "--lora_targets q_proj", "under the name 'q_proj': use"),
@@ -283,7 +315,7 @@ MISTAKES = {
 def test_a_mistake_is_one_message(here: Path, capsys: pytest.CaptureFixture, case: str) -> None:
     name, flags, expected = MISTAKES[case]
     with pytest.raises(SystemExit) as caught:
-        run_main(lambda: run(name, LORA if name[0] == "4" else DPO, flags, "--max_steps 1"))
+        run_main(lambda: run(name, OWN if name[0] == "4" else DPO, flags, "--max_steps 1"))
     err = capsys.readouterr().err
     assert caught.value.code == 1 and err.startswith("error: "), err
     assert expected in err and err.count("\n") == 1

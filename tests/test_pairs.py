@@ -14,7 +14,7 @@ from tiny_runs import WORDS, write_tokenizer
 from model.checkpoint import weights_digest
 from model.losses import IGNORED, PairBatch, PreferenceLoss, dpo_loss, pair_logps
 from model.model import MiniMindForCausalLM
-from model.pairs import PairData, dpo_data, encode_pair, measure_logps, padded_pairs, pair_store
+from model.pairs import PairData, dpo_data, encode_pair, padded_pairs, pair_store
 from model.runtime import Runtime, setup
 from model.tokenizer import EOS_ID, Tokenizer
 
@@ -194,16 +194,36 @@ def test_the_reference_is_measured_once_for_each_weights(
     model, other = build(vocab_size=VOCAB), build(seed=1, vocab_size=VOCAB)
     measure(data, model, runtime)
     first = data.reference.copy()
-    np.testing.assert_array_equal(first, measure_logps(data.store, model, runtime))
-    files = {path: path.stat().st_mtime_ns for path in data.store.folder.glob("reference-*")}
-    assert len(files) == 1
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in data.store.folder.glob("reference-*")}
+
+    made = files()
+    assert len(made) == 2  # of the rows, and of what is held out
     measure(data, model, runtime)
-    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert files() == made
     measure(data, other, runtime)
     assert not np.allclose(data.reference, first)
-    next(iter(files)).write_bytes(b"damaged")
+    for content in (b"damaged", b""):
+        for path in made:
+            path.write_bytes(content)
+        measure(data, model, runtime)
+        np.testing.assert_array_equal(data.reference, first)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_what_is_trained_begins_at_its_reference_in_any_precision(
+    build: Build, tmp_path: Path, tokenizer: Tokenizer, dtype: str
+) -> None:
+    """Measured in another layout, bf16 would round to margins as large as those to be learnt."""
+    runtime, model = setup("cpu", dtype, 0), build(vocab_size=VOCAB)
+    data = make(tmp_path, tokenizer, n=100)
     measure(data, model, runtime)
-    np.testing.assert_array_equal(data.reference, first)
+    batches = [data.batch(np.array([3, 1])), data.batch(np.array([0])), *data.held_out_batches()]
+    for batch in batches:
+        with runtime.autocast(), torch.no_grad():
+            metrics = PreferenceLoss(0.1)(model, batch).metrics
+        assert abs(float(metrics["margin"])) / batch.n_units < 1e-3
 
 
 @pytest.mark.parametrize("is_packed", (True, False))

@@ -36,15 +36,21 @@ def test_v1s_small_model_has_the_documented_size() -> None:
     assert model_cost(model, 512).n_params == 26_878_464
 
 
-def test_memory_is_weights_gradients_moments_and_activations(build: Build) -> None:
+def test_memory_is_weights_moments_and_what_backward_keeps(build: Build) -> None:
     model = build()
     n = sum(p.numel() for p in model.parameters())
-    empty = training_memory(model, 0, 4)
-    assert empty == 16 * n
-    one, two = (training_memory(model, tokens, 4) for tokens in (100, 200))
-    assert two - one == one - empty > 100 * 100 * 4  # at least the logits
+
+    def memory(tokens: int, **more: int) -> int:
+        return training_memory(model, tokens, torch.float32, **more)
+
+    empty = memory(0)
+    assert empty == 16 * n  # weights, two moments, gradients: 4 bytes each
+    one, two, three = (memory(tokens) for tokens in (1000, 2000, 3000))
+    assert three - two == two - one > 1000 * 100 * 4  # at least the logits
+    assert one - 12 * n == two - one, "the gradients come where it goes"
+    assert memory(1000, n_ranks=2) - one == 4 * n, "but ranks exchange them in buckets"
     model.tok_embeddings.weight.requires_grad_(False)
-    assert empty - training_memory(model, 0, 4) == 12 * 6400
+    assert empty - memory(0) == 12 * 6400
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

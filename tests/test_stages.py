@@ -19,7 +19,7 @@ from model.tally import Tally
 from model.tokenizer import Tokenizer
 
 TEXTS = ["river mountain 长江", "the river of 北京 walks quickly . " * 20]
-NAMES = ["pretrain_32", "single_chat/full_sft_32", "lora_32", "rl_32"]
+NAMES = ["pretrain_32", "single_chat/full_sft_32", "rl_32", "lora_32"]
 
 
 def tiny(seed: int) -> MiniMindForCausalLM:
@@ -71,8 +71,9 @@ def run(out_dir: Path, *flags: object) -> int:
 
 def test_stages_are_found_in_the_order_of_training(out_dir: Path) -> None:
     assert [stage.name for stage in find_stages(out_dir, "32")] == NAMES
-    assert [stage.name for stage in find_stages(out_dir)] == [*NAMES, "rl_320"]
-    lora = find_stages(out_dir, "32")[2]
+    widths = [stage.name for stage in find_stages(out_dir)]
+    assert widths == [*NAMES[:3], "rl_320", NAMES[3]]
+    lora = find_stages(out_dir, "32")[3]
     assert lora.weights is None and lora.lora == out_dir / "lora_32"
 
 
