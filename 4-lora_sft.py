@@ -7,7 +7,7 @@ python 2-eval.py --lora out/lora_512 --interactive
 
 The example that ships makes the demo model another one, and measures what it costs:
 python 4-lora_sft.py --data_path dataset/demo/identity.jsonl --out_dir out/demo \\
-    --init_from out/demo/multi_chat/full_sft_192.pth --batch_size 4 \\
+    --init_from out/demo/rl_192.pth --batch_size 4 \\
     --quiz dataset/demo/identity_quiz.jsonl dataset/demo/quiz.jsonl
 """
 

@@ -112,8 +112,9 @@ def table(summary: dict[str, Any]) -> str:
     lines.append("")
     for method, total in zip(methods, totals, strict=True):
         answers = ", ".join(f"{k} {v}" for k, v in summary[method]["answers"].items())
-        is_apart = not total["low"] <= chance <= total["high"]
-        verdict = "apart from chance" if is_apart else "not told apart from chance"
+        verdict = "not told apart from chance"
+        if not total["low"] <= chance <= total["high"]:
+            verdict = "above chance" if total["low"] > chance else "below chance"
         lines.append(f"{method}: {verdict}; answers given: {answers}")
     return "\n".join(lines)
 

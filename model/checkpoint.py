@@ -308,6 +308,12 @@ def load_model(path: str | Path, args: argparse.Namespace) -> Loaded:
         file = weights_in_folder(path)
         if (path / "config.json").is_file():
             known = {"config": read_json(path / "config.json")}
+            kind = known["config"].get("model_type", LMConfig.model_type)
+            if kind != LMConfig.model_type:
+                raise ValueError(
+                    f"{path} is a model of type {kind!r}: make a weights file of it first, python "
+                    f"export_model.py --from {path} --output FILE.pth"
+                )
         if (path / "tokenizer.json").is_file():
             own_tokenizer = path
     else:

@@ -493,3 +493,13 @@ def test_a_named_model_under_the_flags_given(given: str, expected: dict) -> None
     args = script("1-pretrain.py").parse_args(given.split())
     config = new_config(args, Tokenizer())
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_folder_of_another_kind_of_model_is_told_how_to_come_in(
+    tmp_path: Path, make: Build, flags: Flags
+) -> None:
+    config = v1_config(make(), model_type="llama")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(make().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="of type 'llama': make a weights file of it first, py"):
+        load_model(tmp_path, flags(""))
