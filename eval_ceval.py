@@ -4,7 +4,7 @@ Asks every question of the 52 subjects in two ways: v1's (the most probable of t
 and by option text (the likeliest of the four answers, per byte). Prints right/asked and accuracy by
 subject, category and in all, with 95 % intervals and the chance level, and writes a CSV a subject,
 summary.json and a chart to out/ceval/<weights>/. --split test has no answers and writes the
-submission instead; --results FOLDER shows an earlier run again, v1's too.
+submission to test/ in there instead; --results FOLDER shows an earlier run again, v1's too.
 """
 
 import argparse

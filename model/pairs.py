@@ -325,7 +325,7 @@ def dpo_data(
     held_out = (store, store.held_out)
     if val_path is not None:
         val_store = pair_store(val_path, tokenizer, max_tokens=max_seq_len, log=log)
-        held_out = (val_store, np.arange(val_store.n_documents))
+        held_out = (val_store, np.flatnonzero(np.diff(val_store.offsets)))  # not the dropped
     plan = open_plan(
         store, 2 * max_seq_len + 1, cut=False, alone=recipe == "v1", hold_out=val_path is None
     )

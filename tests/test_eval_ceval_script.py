@@ -73,7 +73,7 @@ def test_the_exam_leaves_tables_a_summary_and_a_chart(
 @pytest.mark.slow
 def test_the_test_split_gives_a_submission(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script("eval_ceval.py").main(flags(place, "--split", "test", "--shots", 2))
-    folder = place / "out/ceval/rl_32_2shot"
+    folder = place / "out/ceval/rl_32_2shot/test"  # apart from the results of val
     answers = json.loads((folder / "submission_letters.json").read_text("utf-8"))
     assert {name: list(given) for name, given in answers.items()} == {
         "law": [*"01234"],
