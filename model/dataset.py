@@ -254,6 +254,13 @@ class TrainingData:
         return self.plan.row_tokens - 1
 
     @property
+    def n_kept(self) -> int:
+        """Documents that are not empty, of a store in which none is cut."""
+        store, numbers = self.held_out
+        held_out = np.count_nonzero(store.lengths(numbers)) if store is self.store else 0
+        return self.plan.n_pieces + int(held_out)
+
+    @property
     def is_chat(self) -> bool:
         """Whether rows hold conversations, of which only the answers are trained."""
         return self.store.has_mask
@@ -302,21 +309,17 @@ class TrainingData:
 
     def _alone(self, store: TokenStore, numbers: list[int]) -> Batch:
         row_tokens = self.plan.row_tokens
-        documents = [store.document(number)[:row_tokens].astype(np.int64) for number in numbers]
-        T = max(map(len, documents)) - 1
-        inputs = np.zeros((len(documents), T), np.int64)
-        targets = np.full((len(documents), T), IGNORED, np.int64)
-        for row, (number, ids) in enumerate(zip(numbers, documents, strict=True)):
-            n = len(ids) - 1
-            trained = store.mask(number)[1 : n + 1].astype(bool)
-            inputs[row, :n] = ids[:-1]
-            targets[row, :n] = np.where(trained, ids[1:], IGNORED)
+        documents = [
+            (store.document(number)[:row_tokens], store.mask(number)[:row_tokens])
+            for number in numbers
+        ]
+        inputs, targets, lengths = padded(documents)
         learnt = targets[targets != IGNORED]
         return Batch(
             torch.from_numpy(inputs),
             torch.from_numpy(targets),
             n_units=len(learnt),
-            n_tokens=sum(len(ids) - 1 for ids in documents),
+            n_tokens=int(lengths.sum()),
             n_bytes=int(self.tokenizer.token_bytes[learnt].sum()),
         )
 
@@ -326,7 +329,7 @@ class TrainingData:
         n_documents = manifest["documents"]
         if self.is_chat:  # fitted to a row when they were tokenised, so never cut
             what, detail = "conversations", f"{manifest['trained_tokens']:,} of them trained"
-            n_documents = int(np.count_nonzero(np.diff(self.store.offsets)))  # dropped: no tokens
+            n_documents = self.n_kept
         else:
             left_out = len(self.held_out[1]) if self.held_out[0] is self.store else 0
             n_cuts = self.plan.n_pieces - (manifest["documents"] - left_out)
@@ -378,6 +381,21 @@ def length_groups(
         group.append(int(numbers[index]))
     if group:
         yield group
+
+
+def padded(
+    sequences: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return sequences (ids, trained) as rows padded on the right, where causal attention never
+    looks: inputs and targets (B, T), and how many inputs each row has (B,), all int64.
+    """
+    lengths = np.array([len(ids) - 1 for ids, _ in sequences])
+    shape = (len(sequences), int(lengths.max()))
+    inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+    for row, ((ids, mask), n) in enumerate(zip(sequences, lengths, strict=True)):
+        inputs[row, :n] = ids[:-1]
+        targets[row, :n] = np.where(mask[1:].astype(bool), ids[1:].astype(np.int64), IGNORED)
+    return inputs, targets, lengths
 
 
 def separate(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

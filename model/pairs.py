@@ -24,6 +24,7 @@ from .dataset import (
     TrainingData,
     fit,
     length_groups,
+    padded,
     separate,
     source_folder,
 )
@@ -155,7 +156,7 @@ class PairData(TrainingData):
         attention_mask, position_ids = separate(torch.from_numpy(sequences[:, :-1]))
         reference = None
         if self.reference is not None:
-            reference = torch.from_numpy(self.reference[self.numbers(rows)].reshape(-1))
+            reference = torch.from_numpy(self.reference[self.numbers_at(positions)].reshape(-1))
         return PairBatch(
             torch.from_numpy(tokens[:, :-1].copy()),
             torch.from_numpy(targets),
@@ -168,9 +169,8 @@ class PairData(TrainingData):
             reference_logps=reference,
         )
 
-    def numbers(self, rows: np.ndarray) -> np.ndarray:
-        """Return the pairs of rows, in order: their document numbers."""
-        positions, _, _ = self.plan.pieces(rows)
+    def numbers_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the document numbers of the pairs that stand at these token positions."""
         return np.searchsorted(self.store.offsets, positions, side="right") - 1
 
     def _alone(self, store: TokenStore, numbers: list[int]) -> PairBatch:
@@ -181,9 +181,8 @@ class PairData(TrainingData):
     def describe(self) -> str:
         """Return the data's size in a line for people."""
         manifest = self.store.manifest
-        n_pairs = int(np.count_nonzero(np.diff(self.store.offsets)))  # a dropped one has no tokens
         return (
-            f"{n_pairs:,} pairs, {manifest['tokens']:,} tokens, "
+            f"{self.n_kept:,} pairs, {manifest['tokens']:,} tokens, "
             f"{manifest['trained_tokens']:,} of them in answers; {self.n_rows:,} rows of "
             f"{self.row_positions} positions, {100 * self.plan.utilisation:.2f} % of them in use; "
             f"held out: {len(self.held_out[1]):,}"
@@ -202,7 +201,10 @@ class PairData(TrainingData):
         model.eval()
         with runtime.main_first():
             rows = np.array_split(np.arange(self.n_rows), max(1, self.n_rows // ROWS_AT_ONCE))
-            parts = ((self.numbers(part), partial(self.batch, part)) for part in rows)
+            parts = (
+                (self.numbers_at(self.plan.pieces(part)[0]), partial(self.batch, part))
+                for part in rows
+            )
             name = self.plan.path.stem
             self.reference = self._measured(self.store, name, parts, model, runtime)
             store, numbers = self.held_out
@@ -276,32 +278,16 @@ def split_pair(store: TokenStore, number: int) -> list[tuple[np.ndarray, np.ndar
 def padded_pairs(
     store: TokenStore, numbers: Sequence[int], reference_logps: torch.Tensor | None = None
 ) -> PairBatch:
-    """Return pairs as a batch of one sequence a row; see :func:`padded_sequences`."""
-    batch = padded_sequences([part for number in numbers for part in split_pair(store, number)])
-    batch.reference_logps = reference_logps
-    return batch
-
-
-def padded_sequences(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> PairBatch:
-    """Return sequences as the rows of a batch, padded on the right, where causal attention never
-    looks.
-    """
-    T = max(len(ids) for ids, _ in sequences) - 1
-    shape = (len(sequences), T)
-    inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
-    for row, (ids, mask) in enumerate(sequences):
-        n = len(ids) - 1
-        inputs[row, :n] = ids[:-1]
-        targets[row, :n] = np.where(mask[1:], ids[1:], IGNORED)
-    lengths = np.array([len(ids) - 1 for ids, _ in sequences])
-    is_token = np.arange(T) < lengths[:, None]
+    """Return pairs as a batch of one sequence a row; see :func:`model.dataset.padded`."""
+    inputs, targets, lengths = padded([part for n in numbers for part in split_pair(store, n)])
     return PairBatch(
         torch.from_numpy(inputs),
         torch.from_numpy(targets),
-        token_mask=torch.from_numpy(is_token),
-        n_units=len(sequences) // 2,
+        token_mask=torch.from_numpy(np.arange(inputs.shape[1]) < lengths[:, None]),
+        n_units=len(numbers),
         n_tokens=int(lengths.sum()),
-        sequence_ids=torch.arange(len(sequences))[:, None].expand(shape),
+        sequence_ids=torch.arange(len(inputs))[:, None].expand(inputs.shape),
+        reference_logps=reference_logps,
     )
 
 
