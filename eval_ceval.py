@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from model.ceval import ask, load_exam
     from model.checkpoint import load_for_inference
+    from model.states import write_json
     from model.terminal import introduce
 
     exam = load_exam(args.data_dir, args.split, args.shots)  # first: it takes no time to be wrong
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = {"weights": str(loaded.path), "lora": lora, "data_dir": args.data_dir}
     facts |= {"split": args.split, "shots": args.shots, "skipped": exam.tally.n_skipped}
     summary = {**facts, "did_not_fit": dict(counts), **report.summarize(replies)}
-    report.write_json(summary, folder / "summary.json")
+    write_json(summary, folder / "summary.json")
     print(f"\n{report.table(summary)}\n")
     if not report.draw(summary, folder / "accuracy.png", f"C-Eval {args.split}, {name}"):
         print("no chart is drawn: pip install matplotlib", file=sys.stderr)

@@ -63,10 +63,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from model.ceval import load_exam
-    from model.ceval_report import write_json
     from model.checkpoint import expected_config, load_for_inference, width_name
     from model.quiz import load_quizzes
     from model.stages import Tasks, find_stages, measure, read_texts, report, stage_at
+    from model.states import write_json
     from model.tally import Tally
 
     out_dir = Path(args.out_dir)

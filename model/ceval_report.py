@@ -1,7 +1,6 @@
 """Results of C-Eval: a CSV a subject as v1 wrote them, tables, a summary, a chart, a submission."""
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
@@ -11,6 +10,7 @@ from typing import Any
 
 from .ceval import CATEGORIES, CATEGORY_OF, CHANCE, LETTERS, UNMAPPED, Question, Reply
 from .evaluation import Share
+from .states import write_json
 
 V1_COLUMNS = ["question", *LETTERS, "answer", "llm_answer", "is_right"]
 OPTION_COLUMNS = ["option_answer", "option_is_right", *(f"score_{letter}" for letter in LETTERS)]
@@ -201,12 +201,6 @@ def write_submission(replies: Sequence[Reply], folder: Path) -> list[Path]:
         paths.append(folder / f"submission_{method.replace(' ', '_')}.json")
         write_json(answers, paths[-1])
     return paths
-
-
-def write_json(value: dict[str, Any], path: Path) -> None:
-    """Write an object as indented JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def draw(summary: dict[str, Any], path: Path, title: str) -> bool:

@@ -27,7 +27,7 @@ from .lora import (
 )
 from .model import MiniMindForCausalLM
 from .runtime import inference_dtype, pick_device
-from .states import atomic_write, save_tensors
+from .states import atomic_write, save_tensors, write_json
 from .tokenizer import DEFAULT_TOKENIZER, Tokenizer
 
 StateDict = dict[str, Tensor]
@@ -111,12 +111,6 @@ def save_trained(loaded: Loaded, path: Path, **facts: Any) -> None:
     save_adapter(model, path, loaded.path)
     known = {"tokenizer_sha256": tokenizer.sha256, "base_digest": loaded.base_digest, **facts}
     write_json(known, path / ADAPTER_FACTS)
-
-
-def write_json(value: dict[str, Any], path: Path) -> None:
-    """Write an object as JSON, complete or not at all."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def weights_digest(model: MiniMindForCausalLM) -> str:

@@ -25,6 +25,7 @@ class Engine:
             the ranks' gradients are averaged while they are computed.
         parameters: those that are trained.
         frozen: names of those that are not.
+        names: of all parameters, by their id.
     """
 
     def __init__(self, model: MiniMindForCausalLM, args: argparse.Namespace, runtime: Runtime):
@@ -37,6 +38,7 @@ class Engine:
             for name, p in model.named_parameters(remove_duplicate=False)
             if not p.requires_grad
         }
+        self.names = {id(p): name for name, p in model.named_parameters()}
         self.optimizer = make_optimizer(
             model, args.optimizer, args.learning_rate, args.weight_decay
         )
@@ -105,10 +107,9 @@ class Engine:
         By the parameters' names, so that any engine can take it up; every rank must ask.
         """
         weights = self.model.state_dict().items()
-        names = {id(p): name for name, p in self.model.named_parameters()}
         return {
             "model": {name: value for name, value in weights if name not in self.frozen},
-            "optimizer": {names[id(p)]: state for p, state in self.optimizer.state.items()},
+            "optimizer": {self.names[id(p)]: state for p, state in self.optimizer.state.items()},
             "scaler": self.scaler.state_dict(),
         }
 
@@ -120,8 +121,9 @@ class Engine:
         """
         weights = {k: v for k, v in self.model.state_dict().items() if k in self.frozen}
         self.model.load_state_dict({**weights, **state["model"]})
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        order = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+        order = [
+            self.names[id(p)] for group in self.optimizer.param_groups for p in group["params"]
+        ]
         found = state["optimizer"]
         if found and set(found) != set(order):
             raise ValueError("the optimizer's state is of other parameters")

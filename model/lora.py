@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .states import atomic_write, sync
+from .states import atomic_write, write_json
 
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # attention and feed-forward, experts too
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -185,9 +185,7 @@ def save_adapter(model: nn.Module, folder: Path, base: Path | None) -> None:
             raise OSError(
                 f"{folder / WEIGHTS_FILE} could not be written, the disk may be full ({error})"
             ) from error
-    with atomic_write(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-    sync(folder)
+    write_json(config, folder / CONFIG_FILE)
 
 
 def _targets_of(model: nn.Module, names: set[str]) -> list[str]:

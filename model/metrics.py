@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .states import atomic_write
+from .states import atomic_write, write_json
 
 
 class RunLog:
@@ -23,8 +23,7 @@ class RunLog:
 
     def start(self, settings: dict[str, Any], is_kept: Callable[[dict[str, Any]], bool]) -> None:
         """Write the settings; of the lines of an earlier start keep those that ``is_kept`` says."""
-        with atomic_write(self.folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        write_json(settings, self.folder / "config.json")
         with atomic_write(self.path) as temporary:
             lines = (self._line(record) for record in self.records() if is_kept(record))
             temporary.write_text("".join(lines), "utf-8")

@@ -40,6 +40,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(value: Any, path: Path) -> None:
+    """Write a value as indented JSON, complete or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
 def save_tensors(value: Any, path: Path) -> None:
     """Write what ``torch.load`` reads, onto the disk.
 

@@ -50,7 +50,6 @@ class ZeroEngine(Engine):
         self.stage = self.config["zero_optimization"]["stage"]
         # stage 3 leaves no rank a whole model: this is the form of one, without memory
         self.skeleton = copy.deepcopy(self.model).to("meta") if self.stage == 3 else None
-        self.names = {id(p): name for name, p in self.model.named_parameters()}
         self.zero: Any = None
 
     def prepare(self) -> None:

@@ -54,7 +54,7 @@ ARROWS: dict[str, str] = {
     "evaluation": "losses",
     "repetition": "",
     "ceval": "evaluation records tally",
-    "ceval_report": "ceval evaluation",
+    "ceval_report": "ceval evaluation states",
     "stages": "ceval ceval_report checkpoint evaluation generation quiz repetition rows tally",
     "quiz": "checkpoint generation runtime",
     "flags": "",
