@@ -5,7 +5,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .report import clock, human
+
+def human(number: float, unit: str = "") -> str:
+    """Return a number with three digits and K, M, G, T."""
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= 0.9995 * factor:  # what three digits round up to it
+            return f"{number / factor:.3g} {letter}{unit}"
+    return f"{number:.3g} {unit}".strip()
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as 1h02m, 3m05s or 12s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
 def progress_display(

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -68,6 +68,14 @@ class Runtime:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """Return what rank 0 makes, on every rank."""
+        if self.world_size == 1:
+            return make()
+        made = [make() if self.is_main else None]
+        dist.broadcast_object_list(made, src=0, device=self.device)
+        return made[0]
 
     def is_any(self, claim: bool) -> bool:
         """Say whether the claim holds on any rank."""

@@ -2,44 +2,36 @@
 
 import argparse
 import math
-import shlex
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from .checkpoint import Loaded, save_trained, weights_path, width_name
-from .console import progress_display
+from .checkpoint import Loaded, width_name
+from .console import human, progress_display
+from .course import Progress, Schedule
 from .engine import Engine
+from .estimate import model_cost, peak_flops
 from .evaluation import evaluate
 from .generation import SamplingOptions, generate, stream_text
 from .losses import IGNORED, Batch, LossFn, language_model_loss
 from .metrics import RunLog, WandbLog
 from .model import MiniMindForCausalLM
-from .optim import learning_rate_at
 from .order import Sampler
 from .prefetch import prefetch
-from .report import human, model_cost, peak_flops, process_memory, training_memory
-from .runtime import Runtime, StopRequest, random_state, set_random_state
-from .states import States, free_bytes
+from .report import report
+from .runtime import Runtime, StopRequest
+from .saves import Saves, resume_command
 from .zero import ZeroEngine
 
 MAX_SKIPPED_IN_A_ROW = 10
-WARMUP_SHARE, MAX_WARMUP = 0.02, 200
 SAMPLE_TOKENS = 48
-# The flags that a resumed run must share with its beginning, as far as its stage has them
-DECISIVE = (
-    "learning_rate optimizer weight_decay grad_clip schedule seed recipe dtype "
-    "beta label_smoothing lora_rank lora_alpha lora_dropout lora_targets"
-).split()
 
 
 class Data(Protocol):
@@ -52,32 +44,6 @@ class Data(Protocol):
     def batch(self, rows: np.ndarray) -> Batch: ...
     def held_out_batches(self) -> list[Batch]: ...
     def describe(self) -> str: ...
-
-
-@dataclass
-class Progress:
-    """Where a run is: all that is counted, saved with every state.
-
-    Attributes:
-        step: updates made, skipped ones included.
-        samples: rows seen, the place in the data.
-        tokens: inputs seen, padding not counted.
-        elapsed_s: seconds in the loop over all starts.
-        skipped: updates left out because loss or gradient was not finite.
-        loss, units, metrics: sums since the last log line.
-        validation_due: a stop came before this update's validation.
-    """
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    elapsed_s: float = 0.0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    loss: float = 0.0
-    units: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    validation_due: bool = False
 
 
 def run_name(args: argparse.Namespace, stage: str, model: MiniMindForCausalLM) -> str:
@@ -113,8 +79,7 @@ def train(
         OSError: the last save failed.
     """
     run = Run(start, data, args, runtime, stage, loss_fn, sample_prompt)
-    run.progress.validation_due = validate_first
-    return run.run()
+    return run.run(validate_first)
 
 
 class Run:
@@ -131,71 +96,93 @@ class Run:
         sample_prompt: list[int] | None,
     ) -> None:
         self.start, self.data, self.args, self.runtime = start, data, args, runtime
-        self.stage, self.loss_fn, self.sample_prompt = stage, loss_fn, sample_prompt
+        self.loss_fn, self.sample_prompt = loss_fn, sample_prompt
         make_engine = ZeroEngine if args.zero_stage else Engine
         self.engine = make_engine(start.model, args, runtime)
         if runtime.world_size > 1:  # from here on each rank draws its own dropout
             torch.manual_seed(args.seed + runtime.rank)
         self.model = model = self.engine.model
         self.name = run_name(args, stage, model)
-        out = Path(args.out_dir)
-        self.log = RunLog(out / "logs" / self.name)
+        self.log = RunLog(Path(args.out_dir) / "logs" / self.name)
         self.wandb: WandbLog | None = None
-        self.states = States(out / "checkpoints" / self.name, args.keep_last, runtime.warn)
-        self.weights = weights_path(out, stage, model.config, args.run_name)
         self.held_out = data.held_out_batches()[runtime.rank :: runtime.world_size]
         self.progress = Progress()
         self.stop = StopRequest()
         self.stopping = False  # any rank was asked to
-
-        self.update_rows = args.batch_size * args.accumulation_steps * runtime.world_size
-        if args.max_steps:
-            self.n_samples = args.max_steps * self.update_rows
-        else:
-            self.n_samples = max(1, round(args.epochs * data.n_rows))
-        self.n_steps = math.ceil(self.n_samples / self.update_rows)
-        self.sampler = Sampler(
-            data.n_rows, args.seed, epochs=math.ceil(self.n_samples / data.n_rows)
+        self.schedule = Schedule(args, data.n_rows, runtime.world_size)
+        self.sampler = Sampler(data.n_rows, args.seed, epochs=self.schedule.n_epochs)
+        self.saves = Saves(
+            start,
+            self.engine,
+            self.schedule,
+            args,
+            runtime,
+            stage=stage,
+            log=self.log,
+            data_fingerprint=data.fingerprint,
         )
-        self.warmup = args.warmup_iters
-        if self.warmup is None:
-            self.warmup = min(MAX_WARMUP, math.ceil(WARMUP_SHARE * self.n_steps))
         self.peak_flops: float | None = None
         self.cost = model_cost(model, data.row_positions)
 
     # ------------------------------------------------------------------------- the whole run
 
-    def run(self) -> int:
+    def run(self, validate_first: bool) -> int:
         """Report, go on from the last state if asked, train, save."""
         self.report()
         if self.args.dry_run:
             return 0
-        with self.states.locked() if self.runtime.is_main else nullcontext():
-            code = self.go()
+        with self.saves.states.locked() if self.runtime.is_main else nullcontext():
+            code = self.go(validate_first)
         if self.wandb:
             self.wandb.close(code)
         return code
 
-    def go(self) -> int:
+    def report(self) -> None:
+        """Say what the run is about to do; refuse what cannot end well."""
+        peak = ""
+        if not self.args.dry_run:
+            self.peak_flops, source = peak_flops(self.runtime.device, self.runtime.dtype)
+            if self.peak_flops:
+                peak = f"; peak {human(self.peak_flops, 'FLOP/s')} ({source})"
+        report(
+            self.name,
+            self.engine,
+            self.schedule,
+            self.cost,
+            self.saves.states,
+            self.args,
+            self.runtime,
+            described_data=self.data.describe(),
+            row_positions=self.data.row_positions,
+            peak=peak,
+        )
+        if not self.held_out:
+            self.runtime.log(
+                "validation  none: no document is held out (a small file); see --val_data_path"
+            )
+
+    def go(self, validate_first: bool) -> int:
         """Run to the end or to a stop, with the folder to itself."""
-        resumed = self.resume() if self.args.resume else False
-        if not resumed:
-            self.refuse_to_overwrite()
-        self.start_log(resumed)
-        was_done = self.progress.step == self.n_steps
+        self.progress = self.saves.begin()
+        is_new = self.progress.step == 0
+        if is_new:
+            self.progress.validation_due = validate_first
+        self.start_log(resumed=not is_new)
+        was_done = self.progress.step == self.schedule.n_steps
         self.engine.prepare()
         with self.stop:
             self.loop()
         if was_done:
-            self.runtime.log(f"{self.name}: all {self.n_steps:,} updates are done already")
+            self.runtime.log(f"{self.name}: all {self.schedule.n_steps:,} updates are done already")
             with self.engine.whole() as model:
                 if self.runtime.is_main:
-                    self.save_results(model)  # a kill may have come before these
-        self.runtime.log(f"weights: {self.weights}; record: {self.log.folder}")
-        if self.stopping and (self.progress.step < self.n_steps or self.progress.validation_due):
+                    self.saves.save_results(model, self.progress)  # a kill may have come before
+        self.runtime.log(f"weights: {self.saves.weights}; record: {self.log.folder}")
+        is_cut = self.progress.step < self.schedule.n_steps or self.progress.validation_due
+        if self.stopping and is_cut:
             self.runtime.log(
-                f"stopped at update {self.progress.step:,} of {self.n_steps:,}; go on with: "
-                f"{resume_command()}"
+                f"stopped at update {self.progress.step:,} of {self.schedule.n_steps:,}; go on "
+                f"with: {resume_command()}"
             )
             return 128 + (self.stop.signal or signal.SIGTERM)
         return 0
@@ -204,7 +191,7 @@ class Run:
         """Update until the schedule ends or a signal asks to stop; the last step always saves."""
         args, progress = self.args, self.progress
         runtime = self.runtime
-        bar = progress_display(runtime.log, progress.step, self.n_steps, runtime.is_main)
+        bar = progress_display(runtime.log, progress.step, self.schedule.n_steps, runtime.is_main)
         started, before = time.monotonic(), progress.elapsed_s
         logged_at, logged_tokens = time.monotonic(), progress.tokens
         self.validate(bar)
@@ -214,9 +201,7 @@ class Run:
             return
         updates = prefetch(self.updates(), depth=2)
         for batches in updates:
-            lr = learning_rate_at(
-                progress.step, self.n_steps, args.learning_rate, args.schedule, self.warmup
-            )
+            lr = self.schedule.learning_rate(progress.step)
             try:
                 norm = self.update(batches, lr)
             except torch.OutOfMemoryError as error:
@@ -225,7 +210,7 @@ class Run:
                     "--accumulation_steps by as much, which trains the same"
                 ) from error
             progress.elapsed_s = before + time.monotonic() - started
-            is_last = progress.step == self.n_steps
+            is_last = progress.step == self.schedule.n_steps
             bar.update()
             if progress.step % args.log_interval == 0 or is_last:
                 now = time.monotonic()
@@ -238,7 +223,7 @@ class Run:
             progress.elapsed_s = before + time.monotonic() - started
             self.stopping = self.runtime.is_any(bool(self.stop))
             if progress.step % args.save_interval == 0 or is_last or self.stopping:
-                self.save(must=is_last or self.stopping)
+                self.saves.save(progress, must=is_last or self.stopping)
             logged_at += time.monotonic() - paused_at  # speed is that of training alone
             if self.stopping:
                 break
@@ -250,8 +235,10 @@ class Run:
     def updates(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of this rank for each update from where the run is."""
         size = self.args.batch_size
-        for begin in range(self.progress.samples, self.n_samples, self.update_rows):
-            end = min(begin + self.update_rows, self.n_samples)
+        for begin in range(
+            self.progress.samples, self.schedule.n_samples, self.schedule.update_rows
+        ):
+            end = min(begin + self.schedule.update_rows, self.schedule.n_samples)
             everyones = range(begin, end)
             mine = everyones[self.runtime.rank :: self.runtime.world_size]
             rows = self.sampler.rows(np.array(mine or everyones[:1]))
@@ -271,6 +258,7 @@ class Run:
             ValueError: ten such updates in a row.
         """
         runtime, progress, engine = self.runtime, self.progress, self.engine
+        schedule = self.schedule
         counts = [sum(b.n_units for b in batches), sum(b.n_tokens for b in batches)]
         n_units, n_tokens = map(int, runtime.sum_over_ranks(counts))
         loss_sum = torch.zeros((), device=runtime.device)
@@ -300,7 +288,7 @@ class Run:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
         progress.step += 1
-        progress.samples = min(progress.samples + self.update_rows, self.n_samples)
+        progress.samples = min(progress.samples + schedule.update_rows, schedule.n_samples)
         progress.tokens += n_tokens
         if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise ValueError(
@@ -375,7 +363,11 @@ class Run:
             return resumed and record["step"] <= progress.step - is_due
 
         settings = {**vars(self.args), "config": self.model.config.to_diff_dict()}
-        settings |= {"command": sys.argv, "n_steps": self.n_steps, "n_samples": self.n_samples}
+        settings |= {
+            "command": sys.argv,
+            "n_steps": self.schedule.n_steps,
+            "n_samples": self.schedule.n_samples,
+        }
         if self.runtime.is_main:
             self.log.start(settings, is_kept)
         if self.runtime.is_main and self.args.use_wandb:
@@ -407,181 +399,3 @@ class Run:
         text = "".join(stream_text(self.start.tokenizer, tokens))
         model.train()
         return text
-
-    def report(self) -> None:
-        """Say what the run is about to do; refuse what cannot end well."""
-        args, runtime, model = self.args, self.runtime, self.model
-        T = self.data.row_positions
-        tokens_per_batch = args.batch_size * T
-        memory = training_memory(model, tokens_per_batch, runtime.dtype, runtime.world_size)
-        if runtime.device.type == "cpu":
-            memory += process_memory(model)
-        n_trained = sum(p.numel() for p in self.engine.parameters)
-        state_bytes = 12 * n_trained  # weights and two moments
-        n_new = max(1, args.keep_last + 1 - len(self.states.steps()))  # the old go after the new
-        needed = n_new * state_bytes + 2 * 4 * n_trained
-        free = free_bytes(Path(args.out_dir))
-        if not args.dry_run:
-            self.peak_flops, source = peak_flops(runtime.device, runtime.dtype)
-            peak = (
-                f"; peak {human(self.peak_flops, 'FLOP/s')} ({source})" if self.peak_flops else ""
-            )
-        else:
-            peak = ""
-        dtype = str(runtime.dtype).removeprefix("torch.")
-        log = runtime.log
-        log(f"run         {self.name} ({args.recipe} recipe, seed {args.seed})")
-        log(
-            f"model       {self.cost.n_params:,} parameters ({n_trained:,} trained, "
-            f"{human(self.cost.n_active)} active a token), context {model.config.max_seq_len}"
-        )
-        log(f"data        {self.data.describe()}")
-        log(
-            f"schedule    {self.n_samples / self.data.n_rows:.4g} epochs = {self.n_steps:,} "
-            f"updates of {self.update_rows} rows ({self.update_rows * T:,} positions); "
-            f"{args.optimizer}, rate {args.learning_rate:g} {args.schedule}, warm-up {self.warmup}"
-        )
-        log(f"device      {runtime.device}, {dtype}, threads: {torch.get_num_threads()}{peak}")
-        log(
-            f"memory      about {human(memory, 'B')}; disk {human(needed, 'B')} for "
-            f"{args.keep_last} states and the weights, {human(free, 'B')} free"
-        )
-        if not self.held_out:
-            log("validation  none: no document is held out (a small file); see --val_data_path")
-        if free < needed:
-            raise ValueError(
-                f"{args.out_dir} has {human(free, 'B')} free, the run saves {human(needed, 'B')}: "
-                "make room, lower --keep_last, or name another --out_dir"
-            )
-
-    # ------------------------------------------------------------------------- saving
-
-    def identity(self) -> dict[str, Any]:
-        """Return what a resumed run must share with the one that saved."""
-        settings = vars(self.args)
-        chosen = {name: settings[name] for name in DECISIVE if name in settings}
-        chosen |= {"rows an update": self.update_rows, "rows in all": self.n_samples}
-        chosen |= {"warmup_iters": self.warmup, **self.data.fingerprint}
-        ignored = {"transformers_version", "dtype", "_name_or_path"}
-        config = self.model.config.to_diff_dict().items()
-        if self.engine.frozen:  # not in the states, so it must be the same again
-            chosen["frozen weights"] = self.start.base_digest
-        return chosen | {f"config.{k}": v for k, v in config if k not in ignored}
-
-    def save(self, must: bool) -> None:
-        """Write state and weights; a full disk is a warning unless the run ends here."""
-        random = self.runtime.gather(random_state(self.runtime.device))
-        state = {
-            **self.engine.state(),
-            "random": random,  # of each rank
-            "progress": asdict(self.progress),
-            "identity": self.identity(),
-        }
-        with self.engine.whole() as model:
-            if not self.runtime.is_main:
-                return
-            try:
-                self.states.save(self.progress.step, state)
-                self.save_results(model)
-            except OSError as error:
-                if must:
-                    raise
-                self.runtime.warn(
-                    f"update {self.progress.step:,} is not saved ({error}); older states stay, the "
-                    "run goes on and tries again at the next save"
-                )
-
-    def save_results(self, model: MiniMindForCausalLM) -> None:
-        """Write the weights under v1's name, and the curve."""
-        save_trained(
-            replace(self.start, model=model),
-            self.weights,
-            stage=self.stage,
-            step=self.progress.step,
-            tokens=self.progress.tokens,
-        )
-        if not self.log.draw() and self.progress.step == self.n_steps:
-            self.runtime.log("no curve.png is drawn: pip install matplotlib")
-
-    def refuse_to_overwrite(self) -> None:
-        """Start anew only where no run would be lost.
-
-        Raises:
-            ValueError: states of a run are there, and ``--overwrite`` is not given.
-        """
-        steps = self.states.steps()
-        if not steps:
-            return
-        if not self.args.overwrite:
-            raise ValueError(
-                f"{self.states.folder} holds a run that came to update {steps[0]:,}: go on with "
-                "--resume, start anew with --overwrite, or keep both apart with --run_name"
-            )
-        shutil.rmtree(self.states.folder)
-
-    def resume(self) -> bool:
-        """Take up the newest whole state; False where there is none.
-
-        Raises:
-            ValueError: it was made with other data or settings.
-        """
-        state = self.states.load_newest()
-        if state is None:
-            if self.states.steps():
-                raise ValueError(
-                    f"no state in {self.states.folder} is whole: start anew with --overwrite in "
-                    "place of --resume"
-                )
-            self.runtime.log(f"nothing to resume in {self.states.folder}: starting anew")
-            return False
-        was, now = state["identity"], self.identity()
-        if (n_ranks := len(state["random"])) != self.runtime.world_size:
-            # the data's order does not depend on it, so the run goes on along the same rows
-            self.runtime.log(
-                f"saved by {n_ranks} ranks, going on with {self.runtime.world_size}: "
-                f"{self.update_rows} rows an update"
-            )
-            for name in ("rows an update", "rows in all"):
-                was[name] = now[name]
-        changed = [
-            f"{key}: {was.get(key)!r} then, {now.get(key)!r} now"
-            for key in {**was, **now}
-            if was.get(key) != now.get(key)
-        ]
-        if changed and not self.args.resume_anyway:
-            raise ValueError(
-                f"{self.states.folder} was made with other settings ({'; '.join(changed)}): use "
-                "the same ones, accept the change with --resume_anyway, or name another --run_name"
-            )
-        for difference in changed:
-            self.runtime.warn(f"resuming with a change: {difference}")
-        self.restore(state)
-        self.runtime.log(f"going on from update {self.progress.step:,} of {self.n_steps:,}")
-        return True
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Put everything back to where ``state`` was saved.
-
-        Raises:
-            ValueError: it is of a model of another shape.
-        """
-        try:
-            self.engine.load_state(state)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"the states in {self.states.folder} are of a model of another shape: give the "
-                "flags it was started with, or name another --run_name"
-            ) from error
-        random = state["random"]
-        if len(random) == self.runtime.world_size:
-            set_random_state(random[self.runtime.rank], self.runtime.device)
-        self.progress = Progress(**state["progress"])
-        # counted from here: the updates may have had another size before
-        left = max(0, self.n_samples - self.progress.samples)
-        self.n_steps = self.progress.step + math.ceil(left / self.update_rows)
-
-
-def resume_command() -> str:
-    """Return the command line that goes on with this run."""
-    arguments = [a for a in sys.argv if a != "--overwrite"]
-    return shlex.join(["python", *arguments, *([] if "--resume" in arguments else ["--resume"])])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from model.console import PlainLines, TerminalBar, line, progress_display
+from model.console import PlainLines, TerminalBar, clock, human, line, progress_display
 
 TRAINING = {"step": 5, "epoch": 0.5, "tokens": 12_345, "loss": 3.25, "lr": 1e-3,
             "tokens_per_s": 2000.0, "mfu": 0.31, "skipped": 0}  # fmt: skip
@@ -55,3 +55,19 @@ def test_a_terminal_has_a_bar_and_keeps_validations(monkeypatch: pytest.MonkeyPa
 def test_elsewhere_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert isinstance(progress_display(print, 0, 10), PlainLines)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    ((0, "0"), (7, "7"), (999, "999"), (1000, "1 K"), (999_999, "1 M"), (26_878_464, "26.9 M"),
+     (0.5, "0.5"), (1.5e12, "1.5 T"), (-2000, "-2 K")),
+)  # fmt: skip
+def test_numbers_have_three_digits(number: float, text: str) -> None:
+    assert human(number) == text
+    assert human(2048, "B") == "2.05 KB" and human(3, "B") == "3 B"
+
+
+def test_times_are_short() -> None:
+    assert [clock(s) for s in (0.4, 59.4, 59.6, 61, 3599.6, 3660, 90_000)] == [
+        "0s", "59s", "1m00s", "1m01s", "1h00m", "1h01m", "25h00m",
+    ]  # fmt: skip

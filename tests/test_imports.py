@@ -35,13 +35,16 @@ ARROWS: dict[str, str] = {
     "states": "",
     "metrics": "states",
     "prefetch": "",
-    "report": "LMConfig model",
-    "console": "report",
+    "console": "",
+    "estimate": "LMConfig model",
+    "course": "optim",
     "checkpoint": "LMConfig lora model runtime states tokenizer",
     "engine": "model optim runtime",
     "zero": "engine model runtime",
-    "trainer": "checkpoint console engine evaluation generation losses metrics model optim order "
-    "prefetch report runtime states zero",
+    "report": "console course engine estimate runtime states",
+    "saves": "checkpoint course engine metrics model runtime states",
+    "trainer": "checkpoint console course engine estimate evaluation generation losses metrics "
+    "model order prefetch report runtime saves zero",
     # into the formats of others, and back
     "llama": "LMConfig",
     "export_folder": "LMConfig llama states tokenizer",

@@ -221,14 +221,14 @@ def test_the_last_partial_accumulation_is_applied_alone(small: Path, tmp_path: P
     run = make_run(small, tmp_path, "--batch_size 4 --accumulation_steps 3 --grad_clip 0")
     n_rows, seen = run.data.n_rows, gradients(run)
     updates = list(run.updates())
-    assert len(updates) == run.n_steps == -(-n_rows // 12) and n_rows % 12
+    assert len(updates) == run.schedule.n_steps == -(-n_rows // 12) and n_rows % 12
     for batches in updates[:-1]:
         run.update(batches, 1e-3)
     total = sum(language_model_loss(run.model, batch).loss for batch in updates[-1])
     n_trained = sum(batch.n_units for batch in updates[-1])
     by_hand = torch.autograd.grad(total / n_trained, list(run.model.parameters()))
     run.update(updates[-1], 1e-3)
-    assert run.progress.samples == n_rows and len(seen) == run.n_steps
+    assert run.progress.samples == n_rows and len(seen) == run.schedule.n_steps
     for (name, _), gradient in zip(run.model.named_parameters(), by_hand, strict=True):
         torch.testing.assert_close(seen[-1][name], gradient, rtol=1e-4, atol=1e-7)
 
@@ -246,7 +246,7 @@ def test_length_is_counted_in_updates(
     small: Path, tmp_path: Path, flags: str, n_steps: Callable[[int], int]
 ) -> None:
     run = make_run(small, tmp_path, flags)
-    assert run.n_steps == n_steps(run.data.n_rows)
+    assert run.schedule.n_steps == n_steps(run.data.n_rows)
 
 
 # ----------------------------------------------------------------------------- rates, precision
@@ -273,7 +273,7 @@ def test_warm_up_is_a_share_of_the_run_unless_given(corpus: Path, tmp_path: Path
         ("--max_steps 1000 --warmup_iters 0", 0),
         ("--max_steps 1000 --recipe v1", 0),
     ):
-        assert make_run(corpus, tmp_path, flags).warmup == warmup
+        assert make_run(corpus, tmp_path, flags).schedule.warmup == warmup
 
 
 @contextlib.contextmanager
@@ -475,7 +475,7 @@ def test_the_report_says_what_is_about_to_happen(
         f"{n_params:,} parameters",
         f"{run.data.store.n_tokens:,} tokens",
         f"{run.data.n_rows:,} rows of 48 positions",
-        f"2 epochs = {run.n_steps:,} updates of 12 rows (576 positions)",
+        f"2 epochs = {run.schedule.n_steps:,} updates of 12 rows (576 positions)",
         "cpu, float32",
         "free",
     ):

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from model.estimate import model_cost, peak_flops, training_memory
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.report import clock, human, model_cost, peak_flops, training_memory
 
 Build = Callable[..., MiniMindForCausalLM]
 
@@ -58,19 +58,3 @@ def test_a_cpus_peak_is_measured(dtype: torch.dtype) -> None:
     peak, source = peak_flops(torch.device("cpu"), dtype)
     assert 1e8 < peak < 1e15 and str(dtype).removeprefix("torch.") in source
     assert peak_flops(torch.device("mps"), dtype) == (None, "not known for mps")
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    ((0, "0"), (7, "7"), (999, "999"), (1000, "1 K"), (999_999, "1 M"), (26_878_464, "26.9 M"),
-     (0.5, "0.5"), (1.5e12, "1.5 T"), (-2000, "-2 K")),
-)  # fmt: skip
-def test_numbers_have_three_digits(number: float, text: str) -> None:
-    assert human(number) == text
-    assert human(2048, "B") == "2.05 KB" and human(3, "B") == "3 B"
-
-
-def test_times_are_short() -> None:
-    assert [clock(s) for s in (0.4, 59.4, 59.6, 61, 3599.6, 3660, 90_000)] == [
-        "0s", "59s", "1m00s", "1m01s", "1h00m", "1h01m", "25h00m",
-    ]  # fmt: skip

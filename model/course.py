@@ -1,0 +1,70 @@
+"""The course of a run: how many updates of how many rows, and how far it has come."""
+
+import argparse
+import math
+from dataclasses import dataclass, field
+
+from .optim import learning_rate_at
+
+WARMUP_SHARE, MAX_WARMUP = 0.02, 200
+
+
+@dataclass
+class Progress:
+    """Where a run is: all that is counted, saved with every state.
+
+    Attributes:
+        step: updates made, skipped ones included.
+        samples: rows seen, the place in the data.
+        tokens: inputs seen, padding not counted.
+        elapsed_s: seconds in the loop over all starts.
+        skipped: updates left out because loss or gradient was not finite.
+        loss, units, metrics: sums since the last log line.
+        validation_due: a stop came before this update's validation.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    loss: float = 0.0
+    units: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    validation_due: bool = False
+
+
+class Schedule:
+    """What the flags ask of a run on data of ``n_rows`` rows, with so many ranks.
+
+    Attributes:
+        update_rows: rows of an update, over all ranks.
+        n_samples: rows of the whole run; an epoch is ``n_rows`` of them.
+        n_steps: updates of the whole run.
+        n_epochs: passes begun over the data.
+        warmup: updates of warm-up.
+    """
+
+    def __init__(self, args: argparse.Namespace, n_rows: int, world_size: int) -> None:
+        self.args, self.n_rows = args, n_rows
+        self.update_rows = args.batch_size * args.accumulation_steps * world_size
+        if args.max_steps:
+            self.n_samples = args.max_steps * self.update_rows
+        else:
+            self.n_samples = max(1, round(args.epochs * n_rows))
+        self.n_steps = math.ceil(self.n_samples / self.update_rows)
+        self.n_epochs = math.ceil(self.n_samples / n_rows)
+        self.warmup = args.warmup_iters
+        if self.warmup is None:
+            self.warmup = min(MAX_WARMUP, math.ceil(WARMUP_SHARE * self.n_steps))
+
+    def go_on_from(self, progress: Progress) -> None:
+        """Count the updates from where a run is: those before may have had another size."""
+        left = max(0, self.n_samples - progress.samples)
+        self.n_steps = progress.step + math.ceil(left / self.update_rows)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the update after ``step`` others."""
+        args = self.args
+        return learning_rate_at(step, self.n_steps, args.learning_rate, args.schedule, self.warmup)

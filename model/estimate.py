@@ -1,0 +1,115 @@
+"""What a run is about to cost: parameters, arithmetic, memory, the device's speed."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .LMConfig import LMConfig
+from .model import MiniMindForCausalLM
+
+# Dense bf16/fp16 tensor-core peaks with fp32 accumulation, from the vendors' data sheets, FLOP/s
+GPU_PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "T4": 65e12,
+    "V100": 125e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass
+class Cost:
+    """Sizes of a model.
+
+    Attributes:
+        n_params: all parameters, the tied head once.
+        n_active: those a token is multiplied with.
+        flops_per_token: of one training step, PaLM's count (arXiv:2204.02311, appendix B).
+    """
+
+    n_params: int
+    n_active: int
+    flops_per_token: float
+
+
+def model_cost(model: MiniMindForCausalLM, seq_len: int) -> Cost:
+    """Count parameters and the arithmetic of one token in a row of ``seq_len``."""
+    config: LMConfig = model.config
+    n_params = sum(p.numel() for p in model.parameters())
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    idle = routed * (1 - config.num_experts_per_tok / config.n_routed_experts) if routed else 0
+    n_active = round(n_params - idle)
+    return Cost(n_params, n_active, 6 * n_active + 12 * config.n_layers * config.dim * seq_len)
+
+
+def training_memory(
+    model: MiniMindForCausalLM, tokens_per_batch: int, dtype: torch.dtype, n_ranks: int = 1
+) -> int:
+    """Estimate the bytes that training takes at its peak: weights, Adam's moments, and what a
+    micro-batch keeps for its backward pass or the gradients, of which the one makes room for the
+    other.
+
+    What is kept of a layer was counted in the code of :mod:`model.model` and fits the measured
+    peaks (``benchmarks/memory.py``): in fp32 13 rows of ``dim`` and 4 of the feed-forward's width a
+    token; under autocast the residual stream stays fp32 beside bf16 copies. Attention keeps nothing
+    quadratic under the fused kernels.
+
+    Args:
+        n_ranks: with more than one the gradients have buckets of their own.
+    """
+    config = model.config
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    width, rows = config.hidden_dim, 13.0
+    if config.use_moe:
+        width *= config.num_experts_per_tok + config.n_shared_experts
+        rows += 6 * config.num_experts_per_tok  # tokens sorted by expert, and back
+    is_half = dtype.itemsize == 2
+    per_layer = (58 / 13 if is_half else 4) * rows * config.dim + 4 * dtype.itemsize * width
+    logits = config.vocab_size * (dtype.itemsize + 8)  # as computed, in fp32, their gradient
+    kept = round(tokens_per_batch * (config.n_layers * per_layer + logits))
+    gradients = 4 * n_trained
+    return weights + 8 * n_trained + (max(kept, gradients) if n_ranks == 1 else kept + gradients)
+
+
+def process_memory(model: MiniMindForCausalLM) -> int:
+    """Return the bytes that this process has beside the model: Python, torch, data; 0 where the
+    system does not tell.
+    """
+    path = Path("/proc/self/statm")
+    if not path.is_file():
+        return 0
+    resident = int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return max(0, resident - sum(p.numel() * p.element_size() for p in model.parameters()))
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+    """Return the device's matrix-product peak in FLOP/s, and where the figure is from.
+
+    A GPU's is in a table; a CPU's is measured here on a product of 1024 x 1024 matrices in
+    ``dtype``.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, peak in GPU_PEAKS.items():
+            if key in name:
+                return peak, f"data sheet of {name}"
+        return None, f"{name} is not in the table"
+    if device.type != "cpu":
+        return None, f"not known for {device.type}"
+    n = 1024
+    a = torch.randn(n, n).to(dtype)
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 10 and sum(times) < 0.2):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times), f"measured, {n} x {n} in {str(dtype).removeprefix('torch.')}"

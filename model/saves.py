@@ -1,0 +1,214 @@
+"""What a run leaves on disk and goes on from: its states, its weights, its curve.
+
+Rank 0 alone reads and writes states, so the ranks may be on machines that share no disk.
+"""
+
+import argparse
+import shlex
+import shutil
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Loaded, save_trained, weights_path
+from .course import Progress, Schedule
+from .engine import Engine
+from .metrics import RunLog
+from .model import MiniMindForCausalLM
+from .runtime import Runtime, random_state, set_random_state
+from .states import States
+
+# The flags that a resumed run must share with its beginning, as far as its stage has them
+DECISIVE = (
+    "learning_rate optimizer weight_decay grad_clip schedule seed recipe dtype "
+    "beta label_smoothing lora_rank lora_alpha lora_dropout lora_targets"
+).split()
+
+
+class Saves:
+    """The files of one run.
+
+    Attributes:
+        states: its training states.
+        weights: where its trained weights go, under v1's name.
+    """
+
+    def __init__(
+        self,
+        start: Loaded,
+        engine: Engine,
+        schedule: Schedule,
+        args: argparse.Namespace,
+        runtime: Runtime,
+        *,
+        stage: str,
+        log: RunLog,
+        data_fingerprint: dict[str, Any],
+    ) -> None:
+        self.start, self.engine, self.schedule = start, engine, schedule
+        self.args, self.runtime, self.stage, self.log = args, runtime, stage, log
+        self.data_fingerprint = data_fingerprint
+        out = Path(args.out_dir)
+        self.states = States(out / "checkpoints" / log.folder.name, args.keep_last, runtime.warn)
+        self.weights = weights_path(out, stage, engine.model.config, args.run_name)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a resumed run must share with the one that saved."""
+        settings, schedule = vars(self.args), self.schedule
+        chosen = {name: settings[name] for name in DECISIVE if name in settings}
+        chosen |= {"rows an update": schedule.update_rows, "rows in all": schedule.n_samples}
+        chosen |= {"warmup_iters": schedule.warmup, **self.data_fingerprint}
+        ignored = {"transformers_version", "dtype", "_name_or_path"}
+        config = self.engine.model.config.to_diff_dict().items()
+        if self.engine.frozen:  # not in the states, so it must be the same again
+            chosen["frozen weights"] = self.start.base_digest
+        return chosen | {f"config.{k}": v for k, v in config if k not in ignored}
+
+    # ------------------------------------------------------------------------- saving
+
+    def save(self, progress: Progress, *, must: bool) -> None:
+        """Write state and weights; every rank takes part.
+
+        Raises:
+            OSError: the disk is full, and it ``must`` succeed; otherwise that is a warning.
+        """
+        random = self.runtime.gather(random_state(self.runtime.device))
+        state = {
+            **self.engine.state(),
+            "random": random,  # of each rank
+            "progress": asdict(progress),
+            "identity": self.identity(),
+        }
+        with self.engine.whole() as model:
+            if not self.runtime.is_main:
+                return
+            try:
+                self.states.save(progress.step, state)
+                self.save_results(model, progress)
+            except OSError as error:
+                if must:
+                    raise
+                self.runtime.warn(
+                    f"update {progress.step:,} is not saved ({error}); older states stay, the run "
+                    "goes on and tries again at the next save"
+                )
+
+    def save_results(self, model: MiniMindForCausalLM, progress: Progress) -> None:
+        """Write the weights under v1's name, and the curve."""
+        save_trained(
+            replace(self.start, model=model),
+            self.weights,
+            stage=self.stage,
+            step=progress.step,
+            tokens=progress.tokens,
+        )
+        if not self.log.draw() and progress.step == self.schedule.n_steps:
+            self.runtime.log("no curve.png is drawn: pip install matplotlib")
+
+    # ------------------------------------------------------------------------- going on
+
+    def begin(self) -> Progress:
+        """Return where the run begins: at its newest whole state with ``--resume``, or anew.
+
+        Raises:
+            ValueError: the state was made with other data or settings, or starting anew would lose
+                a run.
+        """
+        state = None
+        if self.args.resume:
+            state = self.runtime.from_main(self.newest_state)
+        if state is None:
+            if self.runtime.is_main:
+                self.make_room()
+            return Progress()
+        self.compare(state)
+        progress = self.restore(state)
+        self.runtime.log(f"going on from update {progress.step:,} of {self.schedule.n_steps:,}")
+        return progress
+
+    def newest_state(self) -> dict[str, Any] | None:
+        """Return the newest whole state, None where there never was one.
+
+        Raises:
+            ValueError: all are damaged.
+        """
+        state = self.states.load_newest()
+        if state is None and self.states.steps():
+            raise ValueError(
+                f"no state in {self.states.folder} is whole: start anew with --overwrite in place "
+                "of --resume"
+            )
+        if state is None:
+            self.runtime.log(f"nothing to resume in {self.states.folder}: starting anew")
+        return state
+
+    def make_room(self) -> None:
+        """Start anew only where no run would be lost.
+
+        Raises:
+            ValueError: states of a run are there, and ``--overwrite`` is not given.
+        """
+        steps = self.states.steps()
+        if not steps:
+            return
+        if not self.args.overwrite:
+            raise ValueError(
+                f"{self.states.folder} holds a run that came to update {steps[0]:,}: go on with "
+                "--resume, start anew with --overwrite, or keep both apart with --run_name"
+            )
+        shutil.rmtree(self.states.folder)
+
+    def compare(self, state: dict[str, Any]) -> None:
+        """See that a state is of this very run, another number of ranks apart.
+
+        Raises:
+            ValueError: it was made with other data or settings, without ``--resume_anyway``.
+        """
+        was, now = state["identity"], self.identity()
+        if (n_ranks := len(state["random"])) != self.runtime.world_size:
+            # the data's order does not depend on it, so the run goes on along the same rows
+            self.runtime.log(
+                f"saved by {n_ranks} ranks, going on with {self.runtime.world_size}: "
+                f"{self.schedule.update_rows} rows an update"
+            )
+            for name in ("rows an update", "rows in all"):
+                was[name] = now[name]
+        changed = [
+            f"{key}: {was.get(key)!r} then, {now.get(key)!r} now"
+            for key in {**was, **now}
+            if was.get(key) != now.get(key)
+        ]
+        if changed and not self.args.resume_anyway:
+            raise ValueError(
+                f"{self.states.folder} was made with other settings ({'; '.join(changed)}): use "
+                "the same ones, accept the change with --resume_anyway, or name another --run_name"
+            )
+        for difference in changed:
+            self.runtime.warn(f"resuming with a change: {difference}")
+
+    def restore(self, state: dict[str, Any]) -> Progress:
+        """Put everything back to where ``state`` was saved, and return where that is.
+
+        Raises:
+            ValueError: it is of a model of another shape.
+        """
+        try:
+            self.engine.load_state(state)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the states in {self.states.folder} are of a model of another shape: give the "
+                "flags it was started with, or name another --run_name"
+            ) from error
+        random = state["random"]
+        if len(random) == self.runtime.world_size:
+            set_random_state(random[self.runtime.rank], self.runtime.device)
+        progress = Progress(**state["progress"])
+        self.schedule.go_on_from(progress)
+        return progress
+
+
+def resume_command() -> str:
+    """Return the command line that goes on with this run."""
+    arguments = [a for a in sys.argv if a != "--overwrite"]
+    return shlex.join(["python", *arguments, *([] if "--resume" in arguments else ["--resume"])])
