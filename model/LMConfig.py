@@ -138,7 +138,7 @@ class LMConfig(PretrainedConfig):
             at_least_one += ["num_experts_per_tok", "n_routed_experts"]
         for name in at_least_one:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:  # True is an int, and no width
                 raise ValueError(f"{name}={value!r} is not a positive whole number")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)

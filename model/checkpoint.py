@@ -48,6 +48,7 @@ STAGE_STEMS = {
     "lora_dpo": "lora_rl",
 }
 ADAPTER_STAGES = ("lora", "lora_dpo")  # they leave a folder with an adapter
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # of an exported folder
 ADAPTER_FACTS = "minimind.json"  # in that folder: what PEFT's files have no place for
 CHAT_STAGES = ("dpo", "full_sft_multi", "full_sft_single")  # in order of preference
 
@@ -152,13 +153,33 @@ def read_state_dict(path: Path) -> StateDict:
         raise ValueError(
             f"{path} is not a readable weights file ({reason}); it may be truncated: make it anew"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{path} holds no state_dict (expected names with tensors)")
     clean = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
     clean = {name: value for name, value in clean.items() if not V1_BUFFERS.search(name)}
+    for name, value in clean.items():
+        if not holds_numbers(value):
+            raise ValueError(
+                f"{path}: {name!r} is no plain tensor of floating point numbers that are all in "
+                "the file: save the model's state_dict()"
+            )
     if "output.weight" not in clean and "tok_embeddings.weight" in clean:  # tied, so stored once
         clean["output.weight"] = clean["tok_embeddings.weight"]
     return clean
+
+
+def holds_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter with all its numbers: a file of a kilobyte can claim a
+    shape of any size by strides of zero, and models are built by the shapes that are found.
+    """
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.is_floating_point()
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
@@ -183,7 +204,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): copy or make it anew") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object of settings")
@@ -319,7 +340,7 @@ def load_model(path: str | Path, args: argparse.Namespace) -> Loaded:
     fields = known.get("config") or {**stated, **config_of_shapes(state, stated, file)}
     try:
         config = LMConfig(**{k: v for k, v in fields.items() if k in KNOWN_FIELDS})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"the configuration of {path} is wrong: {error}") from error
     check_against_flags(config, args, path)
     if args.rope_scaling:
@@ -327,9 +348,7 @@ def load_model(path: str | Path, args: argparse.Namespace) -> Loaded:
     for name in INSTRUCTIONS & stated.keys():
         setattr(config, name, stated[name])
     check_tokenizer(config, known.get("tokenizer_sha256"), tokenizer, path)
-    model = MiniMindForCausalLM(config)
-    load_strictly(model, state, file)
-    return Loaded(model, tokenizer, file)
+    return Loaded(filled_model(config, state, file), tokenizer, file)
 
 
 def weights_in_folder(folder: Path) -> Path:
@@ -338,13 +357,42 @@ def weights_in_folder(folder: Path) -> Path:
     Raises:
         FileNotFoundError: none of the names that exports use.
     """
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in WEIGHTS_FILES:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(
         f"{folder} holds neither model.safetensors nor pytorch_model.bin; found: "
         f"{', '.join(sorted(p.name for p in folder.iterdir())[:6]) or 'nothing'}"
     )
+
+
+def check_size(config: LMConfig, state: StateDict, path: Path) -> None:
+    """Raise ValueError for a configuration of a model that weights are far from filling.
+
+    Before any memory is taken for it: a file can claim a model of any size.
+    """
+    experts = config.n_routed_experts + config.n_shared_experts if config.use_moe else 1
+    a_layer = 2 * config.dim**2 + 3 * config.dim * config.hidden_dim * experts
+    claimed = config.vocab_size * config.dim + config.n_layers * a_layer
+    found = sum(tensor.numel() for tensor in state.values())
+    if config.n_layers > len(state) or claimed > 2 * found + 10**8:
+        raise ValueError(
+            f"{path} does not fit dim={config.dim}, n_layers={config.n_layers}, hidden_dim="
+            f"{config.hidden_dim}: it has {found:,} numbers in {len(state)} tensors, which fill no "
+            "such model; check the configuration beside it, or the model flags"
+        )
+
+
+def filled_model(config: LMConfig, state: StateDict, path: Path) -> MiniMindForCausalLM:
+    """Return the model of a configuration, with these weights.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    check_size(config, state, path)
+    model = MiniMindForCausalLM(config)
+    load_strictly(model, state, path)
+    return model
 
 
 def load_strictly(model: MiniMindForCausalLM, state: StateDict, path: Path) -> None:
@@ -382,7 +430,7 @@ def check_tokenizer(
     """
     if recorded_sha256 is not None and recorded_sha256 != tokenizer.sha256:
         raise ValueError(
-            f"{path} was trained with another tokenizer (hash {recorded_sha256[:12]}…) than "
+            f"{path} was trained with another tokenizer (hash {str(recorded_sha256)[:12]}…) than "
             f"{tokenizer.folder} (hash {tokenizer.sha256[:12]}…): name the right one by --tokenizer"
         )
     if tokenizer.vocab_size != config.vocab_size:
@@ -460,7 +508,7 @@ def attach_adapter(loaded: Loaded, folder: Path) -> None:
     load_adapter(loaded.model, folder)
     loaded.adapter = folder
     if facts.get("base_digest") not in (None, loaded.base_digest):
-        recorded = read_adapter_config(folder)["base_model_name_or_path"]
+        recorded = read_adapter_config(folder).get("base_model_name_or_path")
         print(
             f"warning: {folder} was trained on other weights ({recorded}) than {loaded.path}; it "
             "fits their shape, but may not mean the same on them",

@@ -123,8 +123,14 @@ def tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     own = tokenizer.folder / "tokenizer_config.json"
     path = own if own.is_file() else DEFAULT_TOKENIZER / own.name
-    settings = json.loads(path.read_text("utf-8"))
-    if "chat_template" not in settings:
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+        settings.pop("auto_map", None)  # names code for transformers to run: ours needs none
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a JSON object ({error}): copy it anew, or remove it"
+        ) from error
+    if not isinstance(settings.get("chat_template"), str):
         shipped = json.loads((DEFAULT_TOKENIZER / own.name).read_text("utf-8"))
         settings["chat_template"] = shipped["chat_template"]
     return settings

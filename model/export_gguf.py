@@ -283,9 +283,9 @@ def read_gguf(path: Path, tokenizer: Tokenizer) -> tuple[LMConfig, StateDict]:
 
     try:
         reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError) as error:  # not its magic number; shorter than it says
+        facts = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # gguf raises many kinds for a damaged file
         raise ValueError(f"{path} is not a whole GGUF file: {error}") from error
-    facts = {name: field.contents() for name, field in reader.fields.items()}
     kind = facts.get("general.architecture")
     if kind not in ("llama", "bailingmoe"):
         raise ValueError(f'{path} is of architecture "{kind}", expected llama or bailingmoe')

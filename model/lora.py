@@ -214,7 +214,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): copy or make it anew") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -228,9 +228,34 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if other:
         raise ValueError(f"{path} has {', '.join(other)}: only plain LoRA is read here")
     for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float) or not config[name] > 0:
+        if not _is_scale(config.get(name)):
             raise ValueError(f"{path}: {name}={config.get(name)!r} is not a number above 0")
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"{path}: lora_dropout={dropout!r} is not in [0, 1)")
+    alphas = config.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict) or not all(map(_is_scale, alphas.values())):
+        raise ValueError(f"{path}: alpha_pattern is not an object of names with numbers above 0")
+    for pattern in alphas:
+        _check_pattern(pattern, path)
     return config
+
+
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < 2**63  # beyond, no float and no meaning
+
+
+def _check_pattern(pattern: str, path: Path) -> None:
+    """Raise ValueError for a regular expression that is none, or that could search for ever."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{path}: alpha_pattern has {pattern!r}: {error}") from error
+    if len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
+        raise ValueError(
+            f"{path}: alpha_pattern has {pattern!r}, which could take for ever to compare: write "
+            "the layers' names out"
+        )
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -299,7 +324,12 @@ def _read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
             )
         parts.setdefault(match[1], {})[match[2]] = tensor
     for name, found in parts.items():
-        if found.keys() != {"lora_A", "lora_B"} or len(found["lora_A"]) != found["lora_B"].shape[1]:
+        ranks = {
+            found[part].shape[axis]
+            for axis, part in enumerate(("lora_A", "lora_B"))
+            if part in found
+        }
+        if len(found) != 2 or len(ranks) != 1 or 0 in ranks:
             raise ValueError(f"{path}: lora_A and lora_B of {name} do not belong together")
     if not parts:
         raise ValueError(f"{path} holds no adapter")

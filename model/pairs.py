@@ -230,10 +230,11 @@ class PairData(TrainingData):
         shape = (store.n_documents, 2)
         if path.is_file():
             try:
-                known = np.load(path, allow_pickle=False)
+                # a map: takes no memory for a shape that the header alone claims, and no pickle
+                known = np.lib.format.open_memmap(path, mode="r")
                 if known.shape == shape and known.dtype == np.float32:
-                    return known
-            except (ValueError, EOFError):  # damaged: measured anew below
+                    return np.array(known)
+            except (ValueError, OverflowError):  # damaged: measured anew below
                 pass
         values, n_done = np.zeros(shape, np.float32), 0
         begin = told = time.monotonic()

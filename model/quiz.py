@@ -57,7 +57,7 @@ def load_quiz(path: str | Path) -> list[QuizItem]:
                 continue
             try:
                 item = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}:{number}: not JSON ({error}); a quiz has one object a line"
                 ) from None

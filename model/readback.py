@@ -1,25 +1,31 @@
 """Exported folders and files back into this project's weights."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .checkpoint import (
+    WEIGHTS_FILES,
     Loaded,
     check_against_flags,
+    check_size,
     check_tokenizer,
     extend_context,
+    filled_model,
     load_model,
-    load_strictly,
     read_json,
+    read_state_dict,
+    weights_in_folder,
 )
 from .export_gguf import read_gguf
 from .llama import StateDict, config_of_peer, from_peer
 from .LMConfig import LMConfig
-from .model import MiniMindForCausalLM
 from .tokenizer import DEFAULT_TOKENIZER, Tokenizer
+
+OLD_FIELDS = ("rope_scaling", "rope_theta")  # in files of before transformers 5
 
 
 def read_back(source: Path, args: argparse.Namespace) -> Loaded:
@@ -52,35 +58,73 @@ def read_back(source: Path, args: argparse.Namespace) -> Loaded:
         extend_context(config, args.rope_scaling)
     config.max_seq_len = args.max_seq_len or config.max_seq_len
     check_tokenizer(config, None, tokenizer, source)
-    model = MiniMindForCausalLM(config)
-    load_strictly(model, state, source)
-    return Loaded(model, tokenizer, source)
+    return Loaded(filled_model(config, state, source), tokenizer, source)
 
 
 def read_peer(folder: Path) -> tuple[LMConfig, StateDict]:
     """Read a model of one of transformers' own classes, whatever files it is spread over.
 
+    The class is chosen here and is given tensors and numbers. ``from_pretrained`` on the folder
+    would also follow what its files name: code (``auto_map``), kernels of a hub
+    (``attn_implementation``), the base of an adapter, weights anywhere (``weight_map``).
+
     Raises:
         ValueError: a model that ours cannot express, or weights that do not fill it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import Ernie4_5_MoeForCausalLM, LlamaForCausalLM
 
-    try:
-        peer_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    known = read_json(folder / "config.json")
+    classes = {"llama": LlamaForCausalLM, "ernie4_5_moe": Ernie4_5_MoeForCausalLM}
+    kind = known.get("model_type")
+    if not isinstance(kind, str) or kind not in classes:
         raise ValueError(
-            f"{folder}/config.json is of no model that can be read: {reason}"
-        ) from error
-    config = config_of_peer(peer_config)
-    peer, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            f"{folder}/config.json is of no model that can be read: model_type is {kind!r}, "
+            f'expected "minimind", {" or ".join(map(json.dumps, classes))}'
+        )
+    config_class = classes[kind].config_class
+    fields = {*config_class.__annotations__, *OLD_FIELDS}
+    try:
+        peer_config = config_class(**{k: v for k, v in known.items() if k in fields})
+        config = config_of_peer(peer_config)
+    except (TypeError, KeyError, ArithmeticError, AttributeError) as error:
+        raise ValueError(f"{folder}/config.json is wrong: {error}") from error
+    state = read_shards(folder)
+    check_size(config, state, folder)
+    peer, report = classes[kind].from_pretrained(
+        None, config=peer_config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
     problems: dict[str, Any] = {
-        kind: sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")
+        name: sorted(map(str, report[f"{name}_keys"]))
+        for name in ("missing", "unexpected", "mismatched")
     }
-    problems = {kind: names for kind, names in problems.items() if names}
+    problems = {name: keys for name, keys in problems.items() if keys}
     if problems:
-        listed = "; ".join(f"{kind} {names[0]}" for kind, names in problems.items())
+        listed = "; ".join(f"{name} {keys[0]}" for name, keys in problems.items())
         raise ValueError(f"the weights in {folder} do not fit its config.json: {listed}")
     return config, from_peer(peer.state_dict(), config)
+
+
+def read_shards(folder: Path) -> StateDict:
+    """Return the tensors of a folder: of its one file, or of those that its index names.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: the index is damaged, or names a file that is not in the folder.
+    """
+    for name in WEIGHTS_FILES:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file() or not index.is_file():
+            continue
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+            raise ValueError(f'{index} has no "weight_map" of names to files: copy it anew')
+        state: StateDict = {}
+        for file in dict.fromkeys(places.values()):
+            if Path(file).name != file or "\\" in file or Path(file).suffix != Path(name).suffix:
+                raise ValueError(
+                    f"{index} names {file!r}, expected a {Path(name).suffix} file in that folder "
+                    "itself: copy the model anew from where you trust it"
+                )
+            state |= read_state_dict(folder / file)
+        return state
+    return read_state_dict(weights_in_folder(folder))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -150,6 +151,9 @@ class States:
     def load_newest(self) -> dict[str, Any] | None:
         """Return the newest state that is whole, None where there is none; damaged ones are
         named.
+
+        Raises:
+            ValueError: one holds what only code could load.
         """
         for step in self.steps():
             folder = self.folder / f"step_{step}"
@@ -157,8 +161,16 @@ class States:
                 manifest = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
                 if manifest != {"step": step, **fingerprint(folder / STATE_FILE)}:
                     raise ValueError("step, size or hash are not what its manifest says")
-                return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-            except (OSError, ValueError, RuntimeError) as error:
+                state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+                if not isinstance(state, dict):
+                    raise ValueError(f"it holds a {type(state).__name__}, no state")
+                return state
+            except pickle.UnpicklingError as error:  # its hash is right: no disk did this
+                raise ValueError(
+                    f"{folder / STATE_FILE} holds more than weights and settings, which could be "
+                    f"code and is never loaded: it is not of this program; remove {folder}"
+                ) from error
+            except Exception as error:  # torch raises many kinds for a damaged file
                 self._damaged.add(step)
                 self.warn(f"{folder} is damaged ({error}); falling back to the state before")
         return None

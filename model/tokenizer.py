@@ -46,6 +46,18 @@ class Tokenizer:
                 f"{path}: the ids of {SPECIAL_TOKENS} are {ids}, expected (0, 1, 2); "
                 "train a tokenizer with train_tokenizer.py"
             )
+        if not isinstance(self._bpe.model, tokenizers.models.BPE):
+            kind = type(self._bpe.model).__name__
+            raise ValueError(f"{path} is of the kind {kind}, expected BPE: use train_tokenizer.py")
+        known = self._bpe.get_vocab().values()
+        if sorted(known) != list(range(len(known))):
+            raise ValueError(
+                f"{path}: its {len(known)} ids are not 0 … {len(known) - 1}, each once, as rows of "
+                "an embedding are; train a tokenizer with train_tokenizer.py"
+            )
+        # the file can say to cut every text, or to fill it up to any length
+        self._bpe.no_truncation()
+        self._bpe.no_padding()
         self._bpe.encode_special_tokens = True  # special tokens inside a text are text
         self._newline = self.encode("\n")
         self._headers = {role: self.encode(f"{role}\n") for role in ROLES}

@@ -30,6 +30,7 @@ import numpy as np
 
 FORMAT_VERSION = 1
 MANIFEST_KEYS = {"format", "documents", "tokens", "shards", "has_mask", "lengths_hash", "held_out"}
+SOURCE_KEYS = {"name", "size", "mtime_ns", "sample", "blake2b"}
 MAX_VOCAB_SIZE = 2**16  # ids are uint16
 
 
@@ -154,7 +155,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise StaleStore(f"{folder} does not exist or has no manifest.json") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         manifest = None
     if not isinstance(manifest, dict) or not MANIFEST_KEYS <= manifest.keys():
         raise StaleStore(f"{path} is not the manifest of a token store")
@@ -162,7 +163,34 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise StaleStore(
             f"{folder} has format {manifest['format']!r}, this version reads {FORMAT_VERSION}"
         )
+    _check_manifest(manifest, path)
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
+    """Raise StaleStore for a manifest that is not of the shape that :func:`write_manifest` gets."""
+
+    def are_counts(values: Any, below: float = 2**62) -> bool:
+        return isinstance(values, list) and all(
+            type(value) is int and 0 <= value < below for value in values
+        )
+
+    held_out = manifest["held_out"] if isinstance(manifest["held_out"], dict) else {}
+    numbers, text_bytes = held_out.get("documents"), held_out.get("text_bytes")
+    sources = manifest.get("sources", [])
+    is_whole = (
+        are_counts([manifest["documents"], manifest["tokens"]])
+        and are_counts(manifest["shards"])
+        and sum(manifest["shards"]) == manifest["tokens"]
+        and are_counts(numbers, manifest["documents"])
+        and are_counts(text_bytes)
+        and len(numbers) == len(text_bytes)
+        and isinstance(manifest["has_mask"], bool)
+        and isinstance(sources, list)
+        and all(isinstance(s, dict) and SOURCE_KEYS <= s.keys() for s in sources)
+    )
+    if not is_whole:
+        raise StaleStore(f"{path} does not say of a token store what belongs together")
 
 
 class PieceFile:
@@ -289,7 +317,9 @@ class TokenStore:
 
     def bounds(self, start: int, stop: int) -> np.ndarray:
         """Return where the documents [start, stop) begin, and where the last ends: int64."""
-        return self._offsets.read(start, stop + 1).astype(np.int64)
+        bounds = self._offsets.read(start, stop + 1).astype(np.int64)
+        self._check_bounds(bounds, np.diff(bounds))
+        return bounds
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """Return the tokens of each document in ``numbers``: int64."""
@@ -297,7 +327,29 @@ class TokenStore:
         places = np.arange(len(numbers))
         bounds = np.empty(2 * len(numbers), np.uint64)
         self._offsets.gather(numbers, np.full_like(numbers, 2), 2 * places, bounds)
-        return np.diff(bounds.astype(np.int64).reshape(-1, 2))[:, 0]
+        bounds = bounds.astype(np.int64).reshape(-1, 2)
+        lengths = np.diff(bounds)[:, 0]
+        self._check_bounds(bounds, lengths)
+        return lengths
+
+    def _check_bounds(self, bounds: np.ndarray, lengths: np.ndarray) -> None:
+        """Raise ValueError for documents outside of the tokens."""
+        if lengths.min(initial=0) < 0 or not (
+            0 <= bounds.min(initial=0) and bounds.max(initial=0) <= self.n_tokens
+        ):
+            raise ValueError(
+                f"{self._offsets.path} is damaged: a document of it does not lie within the "
+                f"{self.n_tokens:,} tokens; remove {self.folder}, so that it is built again"
+            )
+
+    def _check_values(self, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Raise ValueError for ids that no tokenizer of the store gave, a mask that is none."""
+        limit = self.manifest.get("vocab_size", MAX_VOCAB_SIZE)
+        if ids.max(initial=0) >= limit or (mask is not None and mask.max(initial=0) > 1):
+            raise ValueError(
+                f"{self.folder} is damaged: it holds ids that its vocabulary of {limit} does not "
+                "have, or a mask of other than 0 and 1; remove it, so that it is built again"
+            )
 
     def piece_file(self, name: str, dtype: str, n_values: int, **options: int) -> PieceFile:
         """Open another file of this folder, see :class:`PieceFile`."""
@@ -305,7 +357,9 @@ class TokenStore:
 
     def document(self, index: int) -> np.ndarray:
         """Return the ids of a document: (length,) uint16."""
-        return self._read(self._tokens, index, np.uint16)
+        ids = self._read(self._tokens, index, np.uint16)
+        self._check_values(ids)
+        return ids
 
     def mask(self, index: int) -> np.ndarray:
         """Return which tokens of a document are trained: (length,) uint8 of 0 and 1."""
@@ -347,6 +401,7 @@ class TokenStore:
         _gather(self._tokens, shards, starts, lengths, destinations, out)
         if out_mask is not None:
             _gather(self._masks, shards, starts, lengths, destinations, out_mask)
+        self._check_values(out, out_mask)
 
 
 def open_store(folder: str | Path, key: StoreKey | None = None) -> TokenStore:
