@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .LMConfig import LMConfig
 from .model import MiniMindForCausalLM
@@ -51,23 +52,52 @@ def model_cost(model: MiniMindForCausalLM, seq_len: int) -> Cost:
 
 
 def training_memory(
-    model: MiniMindForCausalLM, tokens_per_batch: int, dtype: torch.dtype, n_ranks: int = 1
+    model: MiniMindForCausalLM,
+    tokens_per_batch: int,
+    dtype: torch.dtype,
+    n_ranks: int = 1,
+    *,
+    zero_stage: int = 0,
+    offload: bool = False,
+    reference: nn.Module | None = None,
 ) -> int:
-    """Estimate the bytes that training takes at its peak: weights, Adam's moments, and what a
-    micro-batch keeps for its backward pass or the gradients, of which the one makes room for the
-    other.
+    """Estimate the bytes that training takes at its peak on each rank, beside the process itself.
 
-    What is kept of a layer was counted in the code of :mod:`model.model` and fits the measured
-    peaks (``benchmarks/memory.py``): in fp32 13 rows of ``dim`` and 4 of the feed-forward's width a
-    token; under autocast the residual stream stays fp32 beside bf16 copies. Attention keeps nothing
-    quadratic under the fused kernels.
+    The constants were counted in the code of :mod:`model.model` and of DeepSpeed 0.19.8 and fit the
+    measured peaks (``benchmarks/memory.py``).
 
     Args:
         n_ranks: with more than one the gradients have buckets of their own.
+        zero_stage: of DeepSpeed; 0 is without it.
+        offload: the optimizer is elsewhere, at stage 3 the weights too.
+        reference: a second model that is held beside it.
+    """
+    kept = kept_for_backward(model, tokens_per_batch, dtype)
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = parameter_bytes(model) + parameter_bytes(reference) - trained
+    if zero_stage == 0:
+        # a gradient comes where what was kept for it goes, but not where buckets are made for all
+        gradients = max(kept, trained) if n_ranks == 1 else kept + trained
+        return frozen + 3 * trained + gradients  # weights, Adam's two moments
+    part = trained // n_ranks
+    states = 0 if offload else 3 * part  # fp32 weights that are updated, two moments
+    # what the ranks exchange: all gradients in a bucket, the copy that is summed, the own part
+    gradients = 2 * trained + part
+    if zero_stage < 3:
+        return frozen + trained + states + kept + gradients
+    # the own part of the weights, and all of them while a layer after the other is gathered
+    weights = (0 if offload else part) + 2 * trained
+    return frozen + weights + states + kept + gradients
+
+
+def kept_for_backward(model: MiniMindForCausalLM, tokens_per_batch: int, dtype: torch.dtype) -> int:
+    """Return the bytes that a micro-batch keeps for its backward pass.
+
+    In fp32 13 rows of ``dim`` and 4 of the feed-forward's width a token and layer; under autocast
+    the residual stream stays fp32 beside bf16 copies. Attention keeps nothing quadratic under the
+    fused kernels.
     """
     config = model.config
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width, rows = config.hidden_dim, 13.0
     if config.use_moe:
         width *= config.num_experts_per_tok + config.n_shared_experts
@@ -75,20 +105,23 @@ def training_memory(
     is_half = dtype.itemsize == 2
     per_layer = (58 / 13 if is_half else 4) * rows * config.dim + 4 * dtype.itemsize * width
     logits = config.vocab_size * (dtype.itemsize + 8)  # as computed, in fp32, their gradient
-    kept = round(tokens_per_batch * (config.n_layers * per_layer + logits))
-    gradients = 4 * n_trained
-    return weights + 8 * n_trained + (max(kept, gradients) if n_ranks == 1 else kept + gradients)
+    return round(tokens_per_batch * (config.n_layers * per_layer + logits))
 
 
-def process_memory(model: MiniMindForCausalLM) -> int:
-    """Return the bytes that this process has beside the model: Python, torch, data; 0 where the
+def parameter_bytes(model: nn.Module | None) -> int:
+    """Return the size of a model's parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) if model else 0
+
+
+def process_memory(*models: nn.Module | None) -> int:
+    """Return the bytes that this process has beside the models: Python, torch, data; 0 where the
     system does not tell.
     """
     path = Path("/proc/self/statm")
     if not path.is_file():
         return 0
     resident = int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return max(0, resident - sum(p.numel() * p.element_size() for p in model.parameters()))
+    return max(0, resident - sum(map(parameter_bytes, models)))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:

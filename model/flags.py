@@ -62,6 +62,14 @@ def non_negative(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
+def rows_or_auto(text: str) -> int | str:
+    """Parse a number of rows, or ``auto``."""
+    return text if text == "auto" else positive(int)(text)
+
+
+rows_or_auto.__name__ = "positive int"
+
+
 def seed(text: str) -> int:
     """Parse what PyTorch takes for a seed."""
     value = int(text)
@@ -205,7 +213,11 @@ def training_parser(
     add = recipe.add_argument
     add("--epochs", type=positive(float), help=shown("epochs", "passes over the data"))
     add("--max_steps", type=positive(int), help="stop the schedule after this many updates")
-    add("--batch_size", type=positive(int), help=shown("batch_size", "rows per device"))
+    add(
+        "--batch_size",
+        type=rows_or_auto,
+        help=shown("batch_size", "rows per device; auto: as many of an update's as fit at once"),
+    )
     add(
         "--accumulation_steps",
         type=positive(int),
@@ -259,9 +271,16 @@ def training_parser(
 def parse_training_args(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """Parse, and fill what was not given from the recipe; ``from_recipe`` names those."""
+    """Parse, and fill what was not given from the recipe; ``from_recipe`` names those.
+
+    With ``--batch_size auto`` the recipe says how many rows an update has, and ``auto_batch_size``
+    that what fits is to be found out (:mod:`model.memory`).
+    """
     args = parser.parse_args(argv)
     recipe = vars(args).pop("recipes")[args.recipe]
+    args.auto_batch_size = args.batch_size == "auto"
+    if args.auto_batch_size:
+        args.batch_size = None
     args.from_recipe = [name for name in recipe if getattr(args, name) is None]
     for name in args.from_recipe:
         setattr(args, name, recipe[name])

@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .console import human
 from .course import Schedule
 from .engine import Engine
-from .estimate import Cost, process_memory, training_memory
+from .estimate import Cost
+from .memory import Budget
 from .runtime import Runtime
 from .states import States, free_bytes
 
@@ -24,6 +26,7 @@ def report(
     *,
     described_data: str,
     row_positions: int,
+    reference: nn.Module | None,
     peak: str,
 ) -> None:
     """Print what the run called ``name`` is about to do.
@@ -31,16 +34,13 @@ def report(
     Args:
         described_data: the data in a line.
         row_positions: tokens of a row.
+        reference: a second model that the loss compares with.
         peak: the device's arithmetic peak, in words.
 
     Raises:
         ValueError: the run cannot end well.
     """
-    memory = training_memory(
-        engine.model, args.batch_size * row_positions, runtime.dtype, runtime.world_size
-    )
-    if runtime.device.type == "cpu":
-        memory += process_memory(engine.model)
+    budget = Budget(engine.model, row_positions, schedule, args, runtime, reference)
     n_trained = sum(p.numel() for p in engine.parameters)
     state_bytes = 12 * n_trained  # weights and two moments
     n_new = max(1, args.keep_last + 1 - len(states.steps()))  # the old go after the new
@@ -61,10 +61,18 @@ def report(
         f"{schedule.warmup}"
     )
     log(f"device      {runtime.device}, {dtype}, threads: {torch.get_num_threads()}{peak}")
+    if args.auto_batch_size:
+        log(
+            f"batch       {args.batch_size} rows at once, {args.accumulation_steps} times an "
+            "update (--batch_size auto: what fits with a tenth to spare)"
+        )
+    each = " a rank" if runtime.world_size > 1 else ""
+    room = "" if budget.room is None else f" of {human(budget.room, 'B')}"
     log(
-        f"memory      about {human(memory, 'B')}; disk {human(needed, 'B')} for "
-        f"{args.keep_last} states and the weights, {human(free, 'B')} free"
+        f"memory      about {human(budget.needed(args.batch_size), 'B')}{each}{room}; disk "
+        f"{human(needed, 'B')} for {args.keep_last} states and the weights, {human(free, 'B')} free"
     )
+    budget.refuse_what_does_not_fit()
     if free < needed:
         raise ValueError(
             f"{args.out_dir} has {human(free, 'B')} free, the run saves {human(needed, 'B')}: "

@@ -21,6 +21,7 @@ from .estimate import model_cost, peak_flops
 from .evaluation import evaluate
 from .generation import SamplingOptions, generate, stream_text
 from .losses import IGNORED, Batch, LossFn, language_model_loss
+from .memory import Budget
 from .metrics import RunLog, WandbLog
 from .model import MiniMindForCausalLM
 from .order import Sampler
@@ -78,6 +79,10 @@ def train(
         ValueError: the run cannot start or go on; the message says what to do.
         OSError: the last save failed.
     """
+    if args.auto_batch_size:
+        schedule = Schedule(args, data.n_rows, runtime.world_size)
+        reference = getattr(loss_fn, "reference", None)
+        Budget(start.model, data.row_positions, schedule, args, runtime, reference).pick()
     run = Run(start, data, args, runtime, stage, loss_fn, sample_prompt)
     return run.run(validate_first)
 
@@ -157,6 +162,7 @@ class Run:
             peak=peak,
         )
         if not self.held_out:
+            reference=getattr(self.loss_fn, "reference", None),
             self.runtime.log(
                 "validation  none: no document is held out (a small file); see --val_data_path"
             )

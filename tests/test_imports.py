@@ -41,10 +41,11 @@ ARROWS: dict[str, str] = {
     "checkpoint": "LMConfig lora model runtime states tokenizer",
     "engine": "model optim runtime",
     "zero": "engine model runtime",
-    "report": "console course engine estimate runtime states",
+    "memory": "console course estimate model runtime",
+    "report": "console course engine estimate memory runtime states",
     "saves": "checkpoint course engine metrics model runtime states",
-    "trainer": "checkpoint console course engine estimate evaluation generation losses metrics "
-    "model order prefetch report runtime saves zero",
+    "trainer": "checkpoint console course engine estimate evaluation generation losses memory "
+    "metrics model order prefetch report runtime saves zero",
     # into the formats of others, and back
     "llama": "LMConfig",
     "export_folder": "LMConfig llama states tokenizer",
