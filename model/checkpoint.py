@@ -27,7 +27,7 @@ from .lora import (
 )
 from .model import MiniMindForCausalLM
 from .runtime import inference_dtype, pick_device
-from .states import atomic_write, save_tensors, write_json
+from .states import atomic_write, load_tensors, save_tensors, write_json
 from .tokenizer import DEFAULT_TOKENIZER, Tokenizer
 
 StateDict = dict[str, Tensor]
@@ -140,7 +140,7 @@ def read_state_dict(path: Path) -> StateDict:
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_tensors(path)
     except OSError:
         raise
     except pickle.UnpicklingError as error:

@@ -126,7 +126,7 @@ def tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text("utf-8"))
         settings.pop("auto_map", None)  # names code for transformers to run: ours needs none
-    except (ValueError, RecursionError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{path} is not a JSON object ({error}): copy it anew, or remove it"
         ) from error

@@ -230,6 +230,9 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     for name in ("r", "lora_alpha"):
         if not _is_scale(config.get(name)):
             raise ValueError(f"{path}: {name}={config.get(name)!r} is not a number above 0")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        raise ValueError(f"{path}: base_model_name_or_path={base!r} is not the name of a file")
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"{path}: lora_dropout={dropout!r} is not in [0, 1)")

@@ -86,13 +86,20 @@ def read_peer(folder: Path) -> tuple[LMConfig, StateDict]:
     try:
         peer_config = config_class(**{k: v for k, v in known.items() if k in fields})
         config = config_of_peer(peer_config)
-    except (TypeError, KeyError, ArithmeticError, AttributeError) as error:
-        raise ValueError(f"{folder}/config.json is wrong: {error}") from error
-    state = read_shards(folder)
-    check_size(config, state, folder)
-    peer, report = classes[kind].from_pretrained(
-        None, config=peer_config, state_dict=state, dtype=torch.float32, output_loading_info=True
-    )
+        state = read_shards(folder)
+        check_size(config, state, folder)
+        peer, report = classes[kind].from_pretrained(
+            None,
+            config=peer_config,
+            state_dict=state,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises many kinds for a value that makes no sense
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}/config.json is of no model that can be: {reason}") from error
     problems: dict[str, Any] = {
         name: sorted(map(str, report[f"{name}_keys"]))
         for name in ("missing", "unexpected", "mismatched")

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape
@@ -59,6 +60,22 @@ def save_tensors(value: Any, path: Path) -> None:
         reason = str(error).splitlines()[0]
         raise OSError(f"{path} could not be written, the disk may be full ({reason})") from error
     sync(path)
+
+
+def load_tensors(path: Path) -> Any:
+    """Read what :func:`save_tensors` wrote, tensors and plain values; never any code.
+
+    Raises:
+        pickle.UnpicklingError: it holds something else, which is not loaded.
+        ValueError: it is packed, so that a small file could fill the memory; torch packs nothing.
+        Exception: torch raises many kinds for a damaged file.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            unpacked = sum(member.file_size for member in file.infolist())
+        if unpacked > path.stat().st_size:
+            raise ValueError(f"it would unpack to {unpacked:,} bytes")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def sync(path: Path) -> None:
@@ -161,7 +178,7 @@ class States:
                 manifest = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
                 if manifest != {"step": step, **fingerprint(folder / STATE_FILE)}:
                     raise ValueError("step, size or hash are not what its manifest says")
-                state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+                state = load_tensors(folder / STATE_FILE)
                 if not isinstance(state, dict):
                     raise ValueError(f"it holds a {type(state).__name__}, no state")
                 return state

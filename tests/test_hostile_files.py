@@ -15,6 +15,7 @@ import pickle
 import re
 import shutil
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,29 @@ def test_a_small_file_that_claims_large_tensors(
         assert f"{path}" in told and "tok_embeddings.weight" in told
 
 
+def test_a_small_file_that_unpacks_to_a_large_one(
+    corpus: Path, tmp_path: Path, refused: Refused
+) -> None:
+    path = tmp_path / "weights.pth"
+    plain = io.BytesIO(zip_of({"tok_embeddings.weight": torch.zeros(10**6)}))
+    with (
+        zipfile.ZipFile(plain) as stored,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in stored.namelist():
+            small.writestr(name, stored.read(name))
+    assert torch.load(path, weights_only=True)["tok_embeddings.weight"].shape == (10**6,)
+    told = refused("export_model.py", export_flags(corpus, tmp_path / "x"), f"--weights {path}")
+    assert f"{path} is not a readable weights file (it would unpack to 4,0" in told
+
+
+def test_weights_without_names(corpus: Path, tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(zip_of({1: torch.zeros(3), ("a", 2): torch.zeros(3)}))
+    told = refused("export_model.py", export_flags(corpus, tmp_path / "x"), f"--weights {path}")
+    assert f"{path} holds no state_dict" in told
+
+
 @pytest.mark.parametrize(
     "claim", ({"n_layers": 10**9}, {"dim": 2**30}, {"hidden_dim": 2**40}, {"dim": 10**400})
 )
@@ -255,6 +279,7 @@ def test_the_json_beside_the_weights(
 ODD_VALUES = (None, -1, 0, 2.5, 1e308, 10**400, "x", [], {}, True, float("nan"), [[]], {"a": []})
 
 
+@pytest.mark.slow
 def test_no_value_in_a_configuration_is_a_crash(trained: Path, tmp_path: Path) -> None:
     weights, path = trained / "out" / "pretrain_32.pth", tmp_path / "weights.pth"
     shutil.copy(weights, path)
@@ -420,6 +445,17 @@ def test_a_chat_template_is_rendered_in_a_sandbox_or_not_at_all(
         theirs.apply_chat_template([{"role": "user", "content": "你好"}], tokenize=False)
 
 
+@pytest.mark.parametrize("content", (DEEP, "[]", "{", "\x80"))
+def test_settings_of_a_tokenizer_that_are_none(
+    corpus: Path, tmp_path: Path, content: str, refused: Refused
+) -> None:
+    path = corpus / "tokenizer" / "tokenizer_config.json"
+    path.write_text(content, "utf-8")
+    weights = f"--weights {corpus}/out/pretrain_32.pth"
+    told = refused("export_model.py", export_flags(corpus, tmp_path / "x"), weights)
+    assert f"{path} is not a JSON object" in told
+
+
 def spoilt(corpus: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     path = corpus / "tokenizer" / "tokenizer.json"
     spec = json.loads(path.read_text("utf-8"))
@@ -507,6 +543,18 @@ def test_an_adapter_does_not_choose_its_base(
     run("export_model.py", *adapter_flags(corpus, adapter))
 
 
+def test_an_adapter_that_names_a_hostile_base(
+    corpus: Path, adapter: Path, hostile: dict[str, Any], refused: Refused
+) -> None:
+    """Without --weights its base is taken from where it says, and read like any weights."""
+    base = corpus / "hostile.pth"
+    base.write_bytes(zip_of(hostile))
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    told = refused("export_model.py", export_flags(corpus, corpus / "x"), f"--lora {adapter}")
+    assert f"{base} is not a readable weights file" in told
+
+
+@pytest.mark.slow
 def test_no_value_in_an_adapter_is_a_crash(corpus: Path, adapter: Path, build: Callable) -> None:
     path = adapter / "adapter_config.json"
     whole = path.read_text("utf-8")
@@ -599,6 +647,7 @@ def test_a_history_with_code(corpus: Path, tmp_path: Path, mark: Path, refused: 
     assert re.search(rf"{path}: none of the first 10 records can be used", told)
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_a_pickle(corpus: Path, tmp_path: Path, mark: Path) -> None:
     pairs = [
         {"prompt": f"river {i}", "chosen": "山 水", "rejected": "no " * (1 + i % 3)}
@@ -626,6 +675,7 @@ def test_a_reference_that_is_a_pickle(corpus: Path, tmp_path: Path, mark: Path) 
         assert {path: path.read_bytes() for path in found} == right, "measured anew"
 
 
+@pytest.mark.slow
 def test_a_store_of_pickles(corpus: Path, mark: Path) -> None:
     """The pieces are plain numbers of a known size; what is not is made anew."""
     for name in ("tokens-00000.bin", "offsets.bin", "manifest.json"):
