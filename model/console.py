@@ -52,6 +52,10 @@ def line(record: dict[str, Any]) -> str:
             parts.append(f"{label} {record[key]:{form}}")
     if record.get("mfu") is not None:
         parts.append(f"MFU {100 * record['mfu']:.0f} %")
+    if "expert_load_min" in record:
+        parts.append(f"experts {record['expert_load_min']:.2f}-{record['expert_load_max']:.2f}")
+    if record.get("gpu_memory_gb") is not None:
+        parts.append(f"{record['gpu_memory_gb']:.1f} GB")
     if record.get("skipped"):
         parts.append(f"skipped {record['skipped']}")
     return "  ".join(parts)

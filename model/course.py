@@ -19,7 +19,7 @@ class Progress:
         tokens: inputs seen, padding not counted.
         elapsed_s: seconds in the loop over all starts.
         skipped: updates left out because loss or gradient was not finite.
-        loss, units, metrics: sums since the last log line.
+        loss, units, metrics, expert_load: sums since the last log line.
         validation_due: a stop came before this update's validation.
     """
 
@@ -32,6 +32,7 @@ class Progress:
     loss: float = 0.0
     units: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    expert_load: list[float] = field(default_factory=list)
     validation_due: bool = False
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import math
 import shutil
 from collections.abc import Iterator
@@ -50,12 +51,16 @@ class Engine:
         """Wrap and compile the model, once all its parameters have their values."""
         if self.runtime.world_size > 1:
             device = self.runtime.device
+            # the buffers are RoPE's tables, the same everywhere; torch 2.13 has a new name for it
+            known = inspect.signature(DistributedDataParallel).parameters
+            sync_flag = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
             # a graph that is the same each time: an idle expert runs too, on no tokens
             self.compute = DistributedDataParallel(
                 self.model,
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 static_graph=self.args.accumulation_steps == 1,
+                **{sync_flag: False},
             )
         if not self.args.compile:
             return

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 LORA_TARGETS = "wq wk wv wo w1 w2 w3"  # attention and feed-forward, experts too
 MODEL_NAMES = ("minimind-v1-small", "minimind-v1", "minimind-v1-moe")
@@ -311,9 +311,9 @@ def stage_in(path: str | None) -> int:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and exit with its code.
 
-    What the user can mend (a missing file, a bad value, a full disk) becomes one message and exit
-    code 1; ``MINIMIND_TRACEBACK=1`` shows where it came from. Anything else is a bug and keeps its
-    traceback.
+    What the user can mend (a missing file, a bad value, a full disk, another rank that ended)
+    becomes one message and exit code 1; ``MINIMIND_TRACEBACK=1`` shows where it came from. Anything
+    else is a bug and keeps its traceback.
     """
     try:
         code = main()
@@ -323,9 +323,39 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except (ValueError, OSError, MemoryError) as error:
-        if os.environ.get("MINIMIND_TRACEBACK"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        is_lost_rank = is_of_a_lost_rank(error)
+        is_bug = isinstance(error, RuntimeError) and not is_lost_rank
+        if is_bug or os.environ.get("MINIMIND_TRACEBACK"):
             raise
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        message = str(error) or type(error).__name__
+        if is_lost_rank:
+            message = "another rank has ended: see its message, or the launcher's"
+        is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        who = f" on rank {os.environ.get('RANK')}" if is_one_of_several else ""
+        print(f"error{who}: {message}", file=sys.stderr)
         code = 1
+    if "RANK" in os.environ and "torch" in sys.modules:
+        end_rank(code or 0)
     sys.exit(code)
+
+
+def is_of_a_lost_rank(error: Exception) -> bool:
+    """Say whether an exchange failed because the process at its other end is gone."""
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        return True
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
+def end_rank(code: int) -> NoReturn:
+    """Part from the other ranks and end this process at once.
+
+    Python's own way out meets threads of gloo and DeepSpeed that may still be letting go of
+    tensors: on a busy machine that aborted a rank whose work was done.
+    """
+    from .runtime import leave
+
+    leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

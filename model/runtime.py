@@ -24,13 +24,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Runtime:
     """The place of this process in a run.
 
-    ``dtype`` is what matrices are multiplied in; the weights that the optimizer updates stay fp32.
+    Attributes:
+        dtype: what matrices are multiplied in; the weights that the optimizer updates stay fp32.
+        rank, world_size: which of how many processes this is.
+        local_rank, local_world_size: which of how many on this machine.
     """
 
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -69,13 +74,19 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, make: Callable[[], Any]) -> Any:
-        """Return what rank 0 makes, on every rank."""
+    def from_rank(self, rank: int, make: Callable[[], Any]) -> Any:
+        """Return what one rank makes, on every rank."""
         if self.world_size == 1:
             return make()
-        made = [make() if self.is_main else None]
-        dist.broadcast_object_list(made, src=0, device=self.device)
+        made = [make() if self.rank == rank else None]
+        dist.broadcast_object_list(made, src=rank, device=self.device)
         return made[0]
+
+    def peak_memory(self) -> int | None:
+        """Return the bytes of this rank's GPU that were in use at once; None without one."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.device)
 
     def is_any(self, claim: bool) -> bool:
         """Say whether the claim holds on any rank."""
@@ -83,15 +94,15 @@ class Runtime:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let rank 0 go through the block before the others: it makes what they then find."""
-        if self.world_size == 1:
-            yield
-            return
-        if not self.is_main:
-            dist.barrier()
-        yield
-        if self.is_main:
-            dist.barrier()
+        """Let rank 0 go through the block, then one rank of every other machine, then the rest:
+        each finds on its disk what those before it made.
+        """
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        for wave in range(3):
+            if wave == turn:
+                yield
+            if self.world_size > 1:
+                dist.barrier()
 
 
 class StopRequest:
@@ -190,7 +201,9 @@ def setup(
     Raises:
         ValueError: a device or precision that is not to be had.
     """
-    rank, world_size = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = place("RANK", 0), place("WORLD_SIZE", 1)
+    local_rank = place("LOCAL_RANK", rank)
+    local_world_size = place("LOCAL_WORLD_SIZE", place("LOCAL_SIZE", world_size))  # DeepSpeed's
     picked = pick_device(device)
     if world_size > 1 or zero_stage:
         if picked.type == "mps":
@@ -201,7 +214,6 @@ def setup(
                 f"deepspeed --num_gpus=1 {sys.argv[0]} …"
             )
         if picked.type == "cuda":
-            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
             picked = pick_device(f"cuda:{local_rank}")
             torch.cuda.set_device(picked)
         backend = "nccl" if picked.type == "cuda" else "gloo"
@@ -211,7 +223,14 @@ def setup(
     torch.manual_seed(seed)  # the same on each rank: random weights begin equal
     if num_workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(num_workers)  # read when the tokenizer first runs
-    return Runtime(picked, training_dtype(dtype, picked), rank, world_size)
+    return Runtime(
+        picked, training_dtype(dtype, picked), rank, world_size, local_rank, local_world_size
+    )
+
+
+def place(name: str, otherwise: int) -> int:
+    """Return one of the numbers that launchers leave in the environment."""
+    return int(os.environ.get(name, otherwise))
 
 
 def leave() -> None:

@@ -1,9 +1,10 @@
 """What a run leaves on disk and goes on from: its states, its weights, its curve.
 
-Rank 0 alone reads and writes states, so the ranks may be on machines that share no disk.
+One rank reads the newest state for all and rank 0 alone writes, so machines need not share a disk.
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import sys
@@ -11,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Loaded, save_trained, weights_path
+from .checkpoint import Loaded, save_trained, weights_digest, weights_path
 from .course import Progress, Schedule
 from .engine import Engine
 from .metrics import RunLog
@@ -115,9 +116,12 @@ class Saves:
             ValueError: the state was made with other data or settings, or starting anew would lose
                 a run.
         """
+        self.check_agreement()
         state = None
         if self.args.resume:
-            state = self.runtime.from_main(self.newest_state)
+            # machines need not share a disk, and rank 0 may be on another one than before
+            newest = self.runtime.gather(max(self.states.steps(), default=-1))
+            state = self.runtime.from_rank(newest.index(max(newest)), self.newest_state)
         if state is None:
             if self.runtime.is_main:
                 self.make_room()
@@ -126,6 +130,22 @@ class Saves:
         progress = self.restore(state)
         self.runtime.log(f"going on from update {progress.step:,} of {self.schedule.n_steps:,}")
         return progress
+
+    def check_agreement(self) -> None:
+        """See that all ranks are about to train the same model on the same data.
+
+        Raises:
+            ValueError: another machine has other files or flags than this one.
+        """
+        own = self.identity()
+        if self.runtime.world_size > self.runtime.local_world_size:  # one disk gives one file
+            own["start weights"] = weights_digest(self.engine.model)
+        for rank, theirs in enumerate(self.runtime.gather(own)):
+            if others := differences(theirs, own, f"on rank {rank}", "here"):
+                raise ValueError(
+                    f"the ranks do not agree ({'; '.join(others)}): give every machine the same "
+                    "command and the same files"
+                )
 
     def newest_state(self) -> dict[str, Any] | None:
         """Return the newest whole state, None where there never was one.
@@ -174,11 +194,7 @@ class Saves:
             )
             for name in ("rows an update", "rows in all"):
                 was[name] = now[name]
-        changed = [
-            f"{key}: {was.get(key)!r} then, {now.get(key)!r} now"
-            for key in {**was, **now}
-            if was.get(key) != now.get(key)
-        ]
+        changed = differences(was, now, "then", "now")
         if changed and not self.args.resume_anyway:
             raise ValueError(
                 f"{self.states.folder} was made with other settings ({'; '.join(changed)}): use "
@@ -208,7 +224,26 @@ class Saves:
         return progress
 
 
+def differences(
+    one: dict[str, Any], other: dict[str, Any], called: str, other_called: str
+) -> list[str]:
+    """Return where two identities differ, in words."""
+    return [
+        f"{key}: {one.get(key)!r} {called}, {other.get(key)!r} {other_called}"
+        for key in {**one, **other}
+        if one.get(key) != other.get(key)
+    ]
+
+
 def resume_command() -> str:
-    """Return the command line that goes on with this run."""
-    arguments = [a for a in sys.argv if a != "--overwrite"]
-    return shlex.join(["python", *arguments, *([] if "--resume" in arguments else ["--resume"])])
+    """Return the command line that goes on with this run, started as it was."""
+    n_ranks = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc_per_node", n_ranks]
+        if os.environ["GROUP_WORLD_SIZE"] != "1":
+            launcher += ["--nnodes", os.environ["GROUP_WORLD_SIZE"], "…"]
+    elif n_ranks is not None:
+        launcher = ["deepspeed", f"--num_gpus={n_ranks}"]
+    flags = [a for a in sys.argv if a != "--overwrite" and not a.startswith("--local_rank=")]
+    return shlex.join([*launcher, *flags, *([] if "--resume" in flags else ["--resume"])])

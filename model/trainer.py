@@ -19,6 +19,7 @@ from .course import Progress, Schedule
 from .engine import Engine
 from .estimate import model_cost, peak_flops
 from .evaluation import evaluate
+from .expert_load import ExpertLoad, spread
 from .generation import SamplingOptions, generate, stream_text
 from .losses import IGNORED, Batch, LossFn, language_model_loss
 from .memory import Budget
@@ -126,6 +127,7 @@ class Run:
             log=self.log,
             data_fingerprint=data.fingerprint,
         )
+        self.expert_load = ExpertLoad(model, runtime.device)
         self.peak_flops: float | None = None
         self.cost = model_cost(model, data.row_positions)
 
@@ -136,10 +138,13 @@ class Run:
         self.report()
         if self.args.dry_run:
             return 0
-        with self.saves.states.locked() if self.runtime.is_main else nullcontext():
-            code = self.go(validate_first)
-        if self.wandb:
-            self.wandb.close(code)
+        code = 1
+        try:
+            with self.saves.states.locked() if self.runtime.is_main else nullcontext():
+                code = self.go(validate_first)
+        finally:
+            if self.wandb:
+                self.wandb.close(code)
         return code
 
     def report(self) -> None:
@@ -159,10 +164,10 @@ class Run:
             self.runtime,
             described_data=self.data.describe(),
             row_positions=self.data.row_positions,
+            reference=getattr(self.loss_fn, "reference", None),
             peak=peak,
         )
         if not self.held_out:
-            reference=getattr(self.loss_fn, "reference", None),
             self.runtime.log(
                 "validation  none: no document is held out (a small file); see --val_data_path"
             )
@@ -282,7 +287,8 @@ class Run:
             for name, value in sums.metrics.items():
                 metric_sums[name] = metric_sums.get(name, 0.0) + value
         values = [float(loss_sum), *(float(value) for value in metric_sums.values())]
-        total, *metrics = runtime.sum_over_ranks(values)
+        total, *others = runtime.sum_over_ranks(values + self.expert_load.take())
+        metrics, loads = others[: len(metric_sums)], others[len(metric_sums) :]
         norm, is_made = engine.step(lr, math.isfinite(total))
         if is_made:
             progress.skipped_in_a_row = 0
@@ -290,6 +296,8 @@ class Run:
             progress.units += n_units
             for name, value in zip(metric_sums, metrics, strict=True):
                 progress.metrics[name] = progress.metrics.get(name, 0.0) + value
+            before = progress.expert_load or [0.0] * len(loads)
+            progress.expert_load = [a + b for a, b in zip(before, loads, strict=True)]
         else:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
@@ -317,11 +325,14 @@ class Run:
         record |= {"samples": progress.samples, "tokens": progress.tokens}
         record |= mean if progress.units else {"loss": None}
         record |= {"lr": lr, "grad_norm": norm}
+        record |= spread(progress.expert_load, self.model.config.n_layers)
         record |= {"tokens_per_s": round(speed, 1)}
         if self.peak_flops:
             record["mfu"] = round(speed * self.cost.flops_per_token / self.peak_flops, 4)
+        if (memory := self.runtime.peak_memory()) is not None:
+            record["gpu_memory_gb"] = round(memory / 1e9, 3)
         record |= {"skipped": progress.skipped, "elapsed_s": round(progress.elapsed_s, 3)}
-        progress.loss, progress.units, progress.metrics = 0.0, 0, {}
+        progress.loss, progress.units, progress.metrics, progress.expert_load = 0.0, 0, {}, []
         self.write(record)
         bar.show(record)
 

@@ -45,6 +45,9 @@ class ZeroEngine(Engine):
                 "with torchrun and without --zero_stage"
             ) from error
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # On a CPU it exchanges through shared memory: compiles that at the first start, waits for
+        # ever where one was killed meanwhile or a rank has died, leaves 70 MB a rank in /dev/shm
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.deepspeed = deepspeed
         self.config = deepspeed_config(args, runtime)
         self.stage = self.config["zero_optimization"]["stage"]

@@ -44,8 +44,9 @@ ARROWS: dict[str, str] = {
     "memory": "console course estimate model runtime",
     "report": "console course engine estimate memory runtime states",
     "saves": "checkpoint course engine metrics model runtime states",
-    "trainer": "checkpoint console course engine estimate evaluation generation losses memory "
-    "metrics model order prefetch report runtime saves zero",
+    "expert_load": "model",
+    "trainer": "checkpoint console course engine estimate evaluation expert_load generation losses "
+    "memory metrics model order prefetch report runtime saves zero",
     # into the formats of others, and back
     "llama": "LMConfig",
     "export_folder": "LMConfig llama states tokenizer",
@@ -61,7 +62,7 @@ ARROWS: dict[str, str] = {
     "ceval_report": "ceval evaluation states",
     "stages": "ceval ceval_report checkpoint evaluation generation quiz repetition rows tally",
     "quiz": "checkpoint generation runtime",
-    "flags": "",
+    "flags": "runtime",
     "terminal": "checkpoint flags generation",
 }
 
