@@ -4,7 +4,7 @@ Builds a pretraining run of each model as 1-pretrain.py does, makes an update, s
 optimizer's states are there, and saves again and again as the loop does: state, weights, curve.
 Training stands still meanwhile, so the whole time is lost. Prints medians of the parts' seconds,
 the bytes, the memory that a save needs on top, and the share of a run that saves after every 250
-updates of 8,192 tokens, at this machine's speed and at that of a graphics card. Writes JSON.
+updates of 8,192 tokens, here and with a graphics card that does 20 TFLOP/s. Writes JSON.
 """
 
 import argparse
@@ -43,7 +43,8 @@ from model.trainer import Run  # noqa: E402
 MODELS = {"26 M": "minimind-v1-small", "108 M": "minimind-v1", "MoE": "minimind-v1-moe"}
 # a save's parts, in their order; the rest is renames, folders, small files
 PARTS = "collect write sync hash remove weights_write weights_sync curve".split()
-INTERVAL, UPDATE_TOKENS, GPU_SPEED = 250, 8192, 100_000  # updates, tokens, tokens a second
+INTERVAL, UPDATE_TOKENS = 250, 8192
+GPU_FLOPS = 20e12  # a second, of which training makes use
 
 
 def main() -> None:
@@ -63,7 +64,7 @@ def main() -> None:
     print(describe(facts))
     print(f"1 thread, medians of {2 if args.quick else args.saves} saves, seconds")
     header = ["model", "save", *PARTS, "rest", "state MB", "weights MB", "memory MB"]
-    header += ["of a run here", f"at {GPU_SPEED:,} tokens/s"]
+    header += ["of a run here", "at 20 TFLOP/s"]
     print(f"| {' | '.join(header)} |\n|---|{'---:|' * (len(header) - 1)}", flush=True)
     results = {}
     for name in ["26 M"] if args.quick else MODELS:
@@ -98,6 +99,7 @@ def measure(model: str, folder: Path, n_saves: int, n_lines: int) -> dict[str, A
             taken.append(Counter(seconds))
     measured = taken[-n_saves:]
     medians = {key: statistics.median(t[key] for t in measured) for key in ("save", *PARTS, "rest")}
+    update_flops = UPDATE_TOKENS * run.cost.flops_per_token
     newest = run.saves.states.folder / f"step_{run.saves.states.steps()[0]}"
     return {
         "seconds": medians,
@@ -108,7 +110,7 @@ def measure(model: str, folder: Path, n_saves: int, n_lines: int) -> dict[str, A
         "memory_mb": statistics.median(memory[-n_saves:]),
         "update_s": update_s,
         "share": share(medians["save"], INTERVAL * update_s),
-        "share_gpu": share(medians["save"], INTERVAL * UPDATE_TOKENS / GPU_SPEED),
+        "share_gpu": share(medians["save"], update_flops / GPU_FLOPS * INTERVAL),
     }
 
 
