@@ -251,6 +251,11 @@ def training_parser(
     add("--zero_stage", type=int, choices=range(4), help="DeepSpeed's ZeRO (default 1; 0: DDP)")
     add_switch(ranks, "--offload", "ZeRO: optimizer (stage 3: parameters too) in the CPU's memory")
     add("--deepspeed_config", metavar="FILE", help="DeepSpeed's JSON, for what has no flag")
+    add_switch(
+        ranks,
+        "--deepspeed_checkpoints",
+        "ZeRO: save DeepSpeed's own files too, for its tools; --resume needs only ours",
+    )
     watching = parser.add_argument_group("watching and saving")
     add = watching.add_argument
     add("--log_interval", type=positive(int), default=10, help="updates between log lines")
@@ -285,13 +290,15 @@ def parse_training_args(
     for name in args.from_recipe:
         setattr(args, name, recipe[name])
     args.resume = args.resume or args.resume_anyway
-    is_deepspeed = args.local_rank is not None or args.offload or args.deepspeed_config
+    of_zero = ("offload", "deepspeed_config", "deepspeed_checkpoints")
+    given = [f"--{name}" for name in of_zero if getattr(args, name)]
     if args.zero_stage is None:
+        is_deepspeed = args.local_rank is not None or given
         args.zero_stage = stage_in(args.deepspeed_config) if is_deepspeed else 0
-    if args.zero_stage == 0 and (args.offload or args.deepspeed_config):
+    if args.zero_stage == 0 and given:
         parser.error(
-            "--offload and --deepspeed_config need ZeRO stage 1, 2 or 3; stage 0 keeps everything "
-            "on every rank, which plain torchrun does too"
+            f"{given[0]} needs ZeRO stage 1, 2 or 3; stage 0 keeps everything on every rank, which "
+            "plain torchrun does too"
         )
     if "lora_rank" in args:
         fill_lora(parser, args)

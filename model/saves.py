@@ -19,6 +19,7 @@ from .metrics import RunLog
 from .model import MiniMindForCausalLM
 from .runtime import Runtime, random_state, set_random_state
 from .states import States
+from .zero import ZeroEngine
 
 # The flags that a resumed run must share with its beginning, as far as its stage has them
 DECISIVE = (
@@ -82,18 +83,26 @@ class Saves:
             "identity": self.identity(),
         }
         with self.engine.whole() as model:
-            if not self.runtime.is_main:
-                return
-            try:
-                self.states.save(progress.step, state)
-                self.save_results(model, progress)
-            except OSError as error:
-                if must:
-                    raise
-                self.runtime.warn(
-                    f"update {progress.step:,} is not saved ({error}); older states stay, the run "
-                    "goes on and tries again at the next save"
-                )
+            if self.runtime.is_main:
+                self.write(state, model, progress, must=must)
+        if isinstance(self.engine, ZeroEngine) and self.args.deepspeed_checkpoints:
+            folder = self.states.folder / "deepspeed"
+            self.engine.save_own(folder, progress.step, self.args.keep_last)
+
+    def write(
+        self, state: dict[str, Any], model: MiniMindForCausalLM, progress: Progress, *, must: bool
+    ) -> None:
+        """Write state, weights and curve."""
+        try:
+            self.states.save(progress.step, state)
+            self.save_results(model, progress)
+        except OSError as error:
+            if must:
+                raise
+            self.runtime.warn(
+                f"update {progress.step:,} is not saved ({error}); older states stay, the run goes "
+                "on and tries again at the next save"
+            )
 
     def save_results(self, model: MiniMindForCausalLM, progress: Progress) -> None:
         """Write the weights under v1's name, and the curve."""

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,18 @@ class ZeroEngine(Engine):
         if "tok_embeddings.weight" in weights:
             weights["output.weight"] = weights["tok_embeddings.weight"]  # tied
         return {"model": weights, "optimizer": optimizer if step else {}, "scaler": {}}
+
+    def save_own(self, folder: Path, step: int, keep_last: int) -> None:
+        """Write DeepSpeed's own checkpoint, ``folder/step_<n>``; every rank must ask.
+
+        For its tools alone (``zero_to_fp32.py`` beside it, universal checkpoints): it is tied to
+        this engine and number of ranks, which :meth:`state` is not.
+        """
+        self.zero.save_checkpoint(str(folder), tag=f"step_{step}")
+        if self.runtime.is_main:
+            tags = sorted(folder.glob("step_*"), key=lambda path: int(path.name.split("_")[1]))
+            for old in tags[:-keep_last]:
+                shutil.rmtree(old)
 
     def n_steps(self) -> float:
         """Return how many updates the optimizer has made."""

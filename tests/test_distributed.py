@@ -206,23 +206,56 @@ def test_torchrun_starts_it_and_an_error_on_one_rank_ends_all(corpus: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("stage", "flags", "tolerance"),
-    ((1, "", 1e-5), (2, "--use_moe", 1e-3), (3, "", 1e-5)),
+    ("stage", "flags", "more", "tolerance"),
+    ((1, "", "", 1e-5), (2, "--use_moe", "--offload", 1e-3), (3, "", "", 1e-5)),
 )
 def test_zero_trains_as_one_process(
-    corpus: Path, tmp_path: Path, stage: int, flags: str, tolerance: float
+    corpus: Path, tmp_path: Path, stage: int, flags: str, more: str, tolerance: float
 ) -> None:
     """The optimizer asked for really steps: the course is AdamW's with our rates and our decay."""
     given = f"{OFTEN} {flags} --max_steps 30 --val_data_path {corpus}/val.csv"
     assert pretrain(corpus, tmp_path / "one", given, "--accumulation_steps 4") == 0
     zero = [*pretrain_flags(corpus, tmp_path / "zero"), given, "--accumulation_steps 2"]
-    zero += ["--zero_stage", str(stage)]
+    zero += ["--zero_stage", str(stage), more]
     assert run_ranks(2, "1-pretrain.py", *zero, log=tmp_path / "log") == [0, 0]
     name = "pretrain_32_moe" if flags else "pretrain_32"
     check_same_course(tmp_path / "one", tmp_path / "zero", name, tolerance)
     one, two = (torch.load(tmp_path / f"{o}/{name}.pth") for o in ("one", "zero"))
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=100 * tolerance)
+
+
+@pytest.mark.parametrize("optimizer", ("adamw", "adam"))
+def test_the_optimizer_asked_for_makes_every_update(
+    corpus: Path, tmp_path: Path, optimizer: str
+) -> None:
+    """Its own count of steps tells, over a stop; a configuration without one made v1 make none."""
+    out = tmp_path / "out"
+    given = [*pretrain_flags(corpus, out), f"--zero_stage 2 --optimizer {optimizer} --resume"]
+    for n_updates in (4, 6):
+        flags = [*given, f"--max_steps {n_updates} --resume_anyway"]
+        assert run_ranks(2, "1-pretrain.py", *flags, log=tmp_path / "log") == [0, 0]
+        state = torch.load(out / f"checkpoints/pretrain_32/step_{n_updates}/state.pt")
+        assert {float(s["step"]) for s in state["optimizer"].values()} == {float(n_updates)}
+        assert len(state["optimizer"]) == len(state["model"]) - 1, "all but the tied head"
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_deepspeeds_own_checkpoints_hold_the_same_weights(
+    corpus: Path, tmp_path: Path, stage: int
+) -> None:
+    """By DeepSpeed's own tool."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    flags = f"--zero_stage {stage} --deepspeed_checkpoints --save_interval 2 --max_steps 6"
+    given = [*pretrain_flags(corpus, tmp_path), flags]
+    assert run_ranks(2, "1-pretrain.py", *given, log=tmp_path / "log") == [0, 0]
+    folder = tmp_path / "checkpoints/pretrain_32/deepspeed"
+    assert sorted(p.name for p in folder.glob("step_*")) == ["step_4", "step_6"]
+    theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    ours = torch.load(tmp_path / "pretrain_32.pth")
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("stage", (2, 3))

@@ -43,7 +43,7 @@ ARROWS: dict[str, str] = {
     "zero": "engine model runtime",
     "memory": "console course estimate model runtime",
     "report": "console course engine estimate memory runtime states",
-    "saves": "checkpoint course engine metrics model runtime states",
+    "saves": "checkpoint course engine metrics model runtime states zero",
     "expert_load": "model",
     "trainer": "checkpoint console course engine estimate evaluation expert_load generation losses "
     "memory metrics model order prefetch report runtime saves zero",

@@ -157,7 +157,14 @@ def full_disk(n_bytes: int) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------- to be killed
 
-PRELOAD = ("model.trainer", "model.dataset", "model.checkpoint", "matplotlib.pyplot", "tiny_runs")
+PRELOAD = (
+    "model.trainer",
+    "model.dataset",
+    "model.checkpoint",
+    "matplotlib.pyplot",
+    "deepspeed",  # seconds, which each rank of each test would take
+    "tiny_runs",
+)
 
 
 @cache
