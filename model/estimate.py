@@ -79,15 +79,19 @@ def training_memory(
         # a gradient comes where what was kept for it goes, but not where buckets are made for all
         gradients = max(kept, trained) if n_ranks == 1 else kept + trained
         return frozen + 3 * trained + gradients  # weights, Adam's two moments
+    # the own part of what the optimizer updates, fp32 weights and two moments, and of the gradients
     part = trained // n_ranks
-    states = 0 if offload else 3 * part  # fp32 weights that are updated, two moments
-    # what the ranks exchange: all gradients in a bucket, the copy that is summed, the own part
-    gradients = 2 * trained + part
+    states = part + (0 if offload else 3 * part)
     if zero_stage < 3:
-        return frozen + trained + states + kept + gradients
-    # the own part of the weights, and all of them while a layer after the other is gathered
-    weights = (0 if offload else part) + 2 * trained
-    return frozen + weights + states + kept + gradients
+        # in the backward pass all gradients in a bucket, and the copy of it that is summed; in a
+        # save weights and moments of all ranks
+        return frozen + trained + states + max(kept + 2 * trained, 3 * trained)
+    # the own part of the weights, and what they took before they were divided: the allocator keeps
+    # it
+    weights = trained + (0 if offload else part)
+    # in the backward pass the weights gathered anew, the gradients in a bucket, in the ranks'
+    # order, and summed; in a save weights, moments, a model with them, its weights being gathered
+    return frozen + weights + states + max(kept + 4 * trained, 5 * trained)
 
 
 def kept_for_backward(model: MiniMindForCausalLM, tokens_per_batch: int, dtype: torch.dtype) -> int:

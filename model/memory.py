@@ -114,8 +114,12 @@ def fitting_batch(n_rows: int, needed: Callable[[int], int], room: int | None) -
     """
     if room is None:
         return None
-    divisors = [size for size in range(n_rows, 0, -1) if n_rows % size == 0]
-    return next((size for size in divisors if needed(size) <= (1 - MARGIN) * room), None)
+    small = [size for size in range(1, math.isqrt(n_rows) + 1) if n_rows % size == 0]
+    divisors = {*small, *(n_rows // size for size in small)}
+    return next(
+        (size for size in sorted(divisors, reverse=True) if needed(size) <= (1 - MARGIN) * room),
+        None,
+    )
 
 
 # ----------------------------------------------------------------------------- what there is

@@ -68,9 +68,11 @@ def report(
         )
     each = " a rank" if runtime.world_size > 1 else ""
     room = "" if budget.room is None else f" of {human(budget.room, 'B')}"
+    taken = f", {human(budget.beside, 'B')} of it beside the model" if budget.beside else ""
+    log(f"memory      about {human(budget.needed(args.batch_size), 'B')}{each}{room}{taken}")
     log(
-        f"memory      about {human(budget.needed(args.batch_size), 'B')}{each}{room}; disk "
-        f"{human(needed, 'B')} for {args.keep_last} states and the weights, {human(free, 'B')} free"
+        f"disk        {human(needed, 'B')} for {args.keep_last} states and the weights, "
+        f"{human(free, 'B')} free"
     )
     budget.refuse_what_does_not_fit()
     if free < needed:
