@@ -175,10 +175,21 @@ def _server() -> Any:
 
 
 def start(
-    name: str, *flags: object, log: Path, env: dict[str, str] | None = None
+    name: str,
+    *flags: object,
+    log: Path,
+    env: dict[str, str] | None = None,
+    disk_bytes: int | None = None,
 ) -> multiprocessing.Process:
-    """Start a script in a process of its own within milliseconds; ``log`` gets what it prints."""
-    process = _server().Process(target=_child, args=(name, flags, log, env or {}), daemon=True)
+    """Start a script in a process of its own within milliseconds.
+
+    Args:
+        log: gets what it prints.
+        disk_bytes: as :func:`full_disk` has it.
+    """
+    process = _server().Process(
+        target=_child, args=(name, flags, log, env or {}, disk_bytes), daemon=True
+    )
     process.start()
     return process
 
@@ -189,26 +200,43 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+def rank_environment(rank: int, n_ranks: int, port: str) -> dict[str, str]:
+    """Return the environment that ``torchrun`` sets for a rank, all being on one machine."""
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": n_ranks, "RANK": rank}
+    env |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n_ranks}
+    return {name: str(value) for name, value in env.items()}
+
+
 def start_ranks(
-    n_ranks: int, name: str, *flags: object, log: Path
+    n_ranks: int, name: str, *flags: object, log: Path, disk_bytes: int | None = None
 ) -> list[multiprocessing.Process]:
-    """Start a script as the ranks of one run, with the environment that ``torchrun`` sets."""
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(n_ranks)}
-    return [
-        start(name, *flags, log=log, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(n_ranks)
-    ]
+    """Start a script as the ranks of one run."""
+    port = free_port()
+    environments = [rank_environment(rank, n_ranks, port) for rank in range(n_ranks)]
+    return [start(name, *flags, log=log, env=e, disk_bytes=disk_bytes) for e in environments]
 
 
-def run_ranks(n_ranks: int, name: str, *flags: object, log: Path) -> list[int]:
+def run_ranks(
+    n_ranks: int, name: str, *flags: object, log: Path, disk_bytes: int | None = None
+) -> list[int]:
     """Run a script as the ranks of one run to its end; return their exit codes."""
-    processes = start_ranks(n_ranks, name, *flags, log=log)
+    return exit_codes(start_ranks(n_ranks, name, *flags, log=log, disk_bytes=disk_bytes))
+
+
+def exit_codes(processes: list[multiprocessing.Process]) -> list[int]:
+    """Wait for processes; None for one that does not end within a minute."""
     for process in processes:
         process.join(60)
     return [process.exitcode for process in processes]
 
 
-def _child(name: str, flags: tuple[object, ...], log: Path, env: dict[str, str]) -> None:
+def _child(
+    name: str,
+    flags: tuple[object, ...],
+    log: Path,
+    env: dict[str, str],
+    disk_bytes: int | None,
+) -> None:
     import torch
 
     from model.flags import run_main
@@ -219,7 +247,8 @@ def _child(name: str, flags: tuple[object, ...], log: Path, env: dict[str, str])
         os.dup2(descriptor, stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
     torch.set_num_threads(1)
-    run_main(lambda: run(name, *flags))
+    with full_disk(disk_bytes) if disk_bytes else contextlib.nullcontext():
+        run_main(lambda: run(name, *flags))
 
 
 def wait_until(is_so: Callable[[], bool], process: multiprocessing.Process) -> None:
