@@ -37,24 +37,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from model.checkpoint import start_model  # torch comes in here: after --help and wrong flags
-    from model.dataset import sft_data
-    from model.runtime import setup
+    from model.dataset import sft_data  # torch comes in here: after --help and wrong flags
+    from model.opening import open_stage
     from model.trainer import train
 
-    where = args.device, args.dtype, args.seed, args.num_workers
-    runtime = setup(*where, zero_stage=args.zero_stage)
-    start = start_model(args, after="pretrain" if args.chat == "single" else "full_sft_single")
-    runtime.log(f"starting from {start.path or 'random weights'}")
-    with runtime.main_first():  # the others find the token store that it makes
-        data = sft_data(
-            Path(args.data_path),
-            start.tokenizer,
-            start.model.config.max_seq_len,
-            val_path=args.val_data_path and Path(args.val_data_path),
-            recipe=args.recipe,
-            log=runtime.log,
-        )
+    after = "pretrain" if args.chat == "single" else "full_sft_single"
+    runtime, start, data = open_stage(args, after=after, make_data=sft_data)
     if args.show_samples:
         runtime.log(data.show(args.show_samples, args.seed))
         return 0

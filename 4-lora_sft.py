@@ -12,7 +12,6 @@ python 4-lora_sft.py --data_path dataset/demo/identity.jsonl --out_dir out/demo 
 """
 
 import argparse
-from pathlib import Path
 
 from model.flags import lora_flags, parse_training_args, quiz_flag, run_main, training_parser
 
@@ -37,27 +36,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from model.checkpoint import start_adapter, start_model  # torch comes in here
+    from model.checkpoint import start_adapter  # torch comes in here
     from model.dataset import sft_data
     from model.lora import describe
+    from model.opening import open_stage
     from model.quiz import BeforeAndAfter, load_quizzes
-    from model.runtime import setup
     from model.trainer import train
 
     quizzes = load_quizzes(args.quiz)
-    where = args.device, args.dtype, args.seed, args.num_workers
-    runtime = setup(*where, zero_stage=args.zero_stage)
-    start = start_model(args, after="full_sft_single")
-    runtime.log(f"starting from {start.path or 'random weights'}")
-    with runtime.main_first():  # the others find the token store that it makes
-        data = sft_data(
-            Path(args.data_path),
-            start.tokenizer,
-            start.model.config.max_seq_len,
-            val_path=args.val_data_path and Path(args.val_data_path),
-            recipe=args.recipe,
-            log=runtime.log,
-        )
+    runtime, start, data = open_stage(args, after="full_sft_single", make_data=sft_data)
     if args.show_samples:
         runtime.log(data.show(args.show_samples, args.seed))
         return 0

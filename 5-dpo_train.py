@@ -7,7 +7,6 @@ out/lora_rl_<dim>/.
 """
 
 import argparse
-from pathlib import Path
 
 from model.flags import (
     lora_flags,
@@ -65,28 +64,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from copy import deepcopy  # torch comes in here
 
-    from model.checkpoint import start_adapter, start_model, weights_digest
+    from model.checkpoint import start_adapter, weights_digest
     from model.lora import describe
     from model.losses import PreferenceLoss
+    from model.opening import open_stage
     from model.pairs import dpo_data
     from model.quiz import BeforeAndAfter, load_quizzes
-    from model.runtime import setup
     from model.trainer import train
 
     quizzes = load_quizzes(args.quiz)
-    where = args.device, args.dtype, args.seed, args.num_workers
-    runtime = setup(*where, zero_stage=args.zero_stage)
-    start = start_model(args, after="full_sft_single")
-    runtime.log(f"starting from {start.path or 'random weights'}")
-    with runtime.main_first():  # the others find the token store that it makes
-        data = dpo_data(
-            Path(args.data_path),
-            start.tokenizer,
-            start.model.config.max_seq_len,
-            val_path=args.val_data_path and Path(args.val_data_path),
-            recipe=args.recipe,
-            log=runtime.log,
-        )
+    runtime, start, data = open_stage(args, after="full_sft_single", make_data=dpo_data)
     if args.show_samples:
         runtime.log(data.show(args.show_samples, args.seed))
         return 0

@@ -1,7 +1,6 @@
 """How a run shows itself: a bar on a terminal, plain lines elsewhere."""
 
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +30,7 @@ def progress_display(
     """
     if sys.stderr.isatty() and is_main:
         return TerminalBar(step, n_steps)
-    return PlainLines(log, step, n_steps)
+    return PlainLines(log, n_steps)
 
 
 def line(record: dict[str, Any]) -> str:
@@ -64,20 +63,16 @@ def line(record: dict[str, Any]) -> str:
 class PlainLines:
     """Progress as lines of text."""
 
-    def __init__(self, log: Callable[[str], None], step: int, n_steps: int) -> None:
+    def __init__(self, log: Callable[[str], None], n_steps: int) -> None:
         self.log, self.n_steps = log, n_steps
-        self.first_step, self.start = step, time.monotonic()
 
     def update(self) -> None:
         """Nothing moves between lines."""
 
-    def show(self, record: dict[str, Any]) -> None:
-        """Print a record, with the time that is left."""
+    def show(self, record: dict[str, Any], left_s: float | None) -> None:
+        """Print a record, with the time that is left where it is known."""
         text = f"[{record['step']:>{len(str(self.n_steps))}}/{self.n_steps}] {line(record)}"
-        if done := record["step"] - self.first_step:
-            left = (time.monotonic() - self.start) / done * (self.n_steps - record["step"])
-            text += f"  left {clock(left)}"
-        self.log(text)
+        self.log(text if left_s is None else f"{text}  left {clock(left_s)}")
         if "sample" in record:
             self.log(f"  sample: {record['sample']!r}")
 
@@ -91,20 +86,27 @@ class TerminalBar:
     def __init__(self, step: int, n_steps: int) -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(total=n_steps, initial=step, unit="update", dynamic_ncols=True)
+        self.bar = tqdm(
+            total=n_steps,
+            initial=step,
+            dynamic_ncols=True,
+            # its own guess of the time left knows nothing of validations and saves
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )
 
     def update(self) -> None:
         """Move on by one update."""
         self.bar.update()
 
-    def show(self, record: dict[str, Any]) -> None:
+    def show(self, record: dict[str, Any], left_s: float | None) -> None:
         """Show the numbers beside the bar; keep a validation as a line."""
         if "val_loss" in record:
             self.bar.write(line(record))
             if "sample" in record:
                 self.bar.write(f"  sample: {record['sample']!r}")
         else:
-            self.bar.set_postfix_str(line(record))
+            left = "" if left_s is None else f"left {clock(left_s)}  "
+            self.bar.set_postfix_str(left + line(record))
 
     def close(self) -> None:
         """Leave the bar as it stands."""

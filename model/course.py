@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 from .optim import learning_rate_at
@@ -69,3 +70,48 @@ class Schedule:
         """Return the learning rate of the update after ``step`` others."""
         args = self.args
         return learning_rate_at(step, self.n_steps, args.learning_rate, args.schedule, self.warmup)
+
+
+class TimeLeft:
+    """How long a run still takes, from what its updates, validations and saves have taken.
+
+    Args:
+        pauses: how many updates lie between two of each kind of pause; the last update has all.
+    """
+
+    def __init__(self, n_steps: int, pauses: dict[str, int]) -> None:
+        self.n_steps, self.pauses = n_steps, pauses
+        self.first: dict[str, float] = {}
+        self.count, self.total = Counter(), Counter()  # of those after the first
+
+    def add(self, kind: str, seconds: float) -> None:
+        """Count an ``update`` or a pause."""
+        if kind not in self.first:
+            self.first[kind] = seconds
+            return
+        self.count[kind] += 1
+        self.total[kind] += seconds
+
+    def mean(self, kind: str) -> float | None:
+        """Return the seconds of a kind; the first, which has much to set up, only if alone."""
+        if self.count[kind]:
+            return self.total[kind] / self.count[kind]
+        return self.first.get(kind)
+
+    def seconds(self, step: int, guesses: dict[str, float]) -> float | None:
+        """Return what is left after ``step`` updates; None before the first.
+
+        Args:
+            guesses: seconds of a pause that has not come yet.
+        """
+        update_s = self.mean("update")
+        if update_s is None:
+            return None
+        if step >= self.n_steps:
+            return 0.0
+        left = (self.n_steps - step) * update_s
+        for kind, interval in self.pauses.items():
+            n_left = math.ceil(self.n_steps / interval) - step // interval
+            pause_s = self.mean(kind)
+            left += max(0, n_left) * (guesses.get(kind, 0.0) if pause_s is None else pause_s)
+        return left

@@ -322,8 +322,10 @@ def run_main(main: Callable[[], int | None]) -> None:
     becomes one message and exit code 1; ``MINIMIND_TRACEBACK=1`` shows where it came from. Anything
     else is a bug and keeps its traceback.
     """
+    is_orderly = False  # the other ranks come to the same end
     try:
         code = main()
+        is_orderly = True
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
@@ -343,7 +345,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error{who}: {message}", file=sys.stderr)
         code = 1
     if "RANK" in os.environ and "torch" in sys.modules:
-        end_rank(code or 0)
+        end_rank(code or 0, is_orderly)
     sys.exit(code)
 
 
@@ -354,15 +356,16 @@ def is_of_a_lost_rank(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 
-def end_rank(code: int) -> NoReturn:
-    """Part from the other ranks and end this process at once.
+def end_rank(code: int, is_orderly: bool) -> NoReturn:
+    """End this process at once, parting from the other ranks unless they are left in the lurch.
 
     Python's own way out meets threads of gloo and DeepSpeed that may still be letting go of
     tensors: on a busy machine that aborted a rank whose work was done.
     """
     from .runtime import leave
 
-    leave()
+    if is_orderly:
+        leave()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

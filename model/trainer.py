@@ -15,7 +15,7 @@ import torch
 
 from .checkpoint import Loaded, width_name
 from .console import human, progress_display
-from .course import Progress, Schedule
+from .course import Progress, Schedule, TimeLeft
 from .engine import Engine
 from .estimate import model_cost, peak_flops
 from .evaluation import evaluate
@@ -205,12 +205,15 @@ class Run:
         bar = progress_display(runtime.log, progress.step, self.schedule.n_steps, runtime.is_main)
         started, before = time.monotonic(), progress.elapsed_s
         logged_at, logged_tokens = time.monotonic(), progress.tokens
+        pauses = {"validation": args.eval_interval, "save": args.save_interval}
+        self.time_left = TimeLeft(self.schedule.n_steps, pauses)
         self.validate(bar)
         self.stopping = self.runtime.is_any(bool(self.stop))
         if self.stopping:
             bar.close()  # nothing is new since the last save
             return
         updates = prefetch(self.updates(), depth=2)
+        ready_at = time.monotonic()
         for batches in updates:
             lr = self.schedule.learning_rate(progress.step)
             try:
@@ -229,13 +232,17 @@ class Run:
                 logged_at, logged_tokens = now, progress.tokens
                 self.log_training(lr, norm, speed, bar)
             paused_at = time.monotonic()
+            self.time_left.add("update", paused_at - ready_at)
             progress.validation_due = progress.step % args.eval_interval == 0 or is_last
             self.validate(bar)
             progress.elapsed_s = before + time.monotonic() - started
             self.stopping = self.runtime.is_any(bool(self.stop))
             if progress.step % args.save_interval == 0 or is_last or self.stopping:
+                save_at = time.monotonic()
                 self.saves.save(progress, must=is_last or self.stopping)
-            logged_at += time.monotonic() - paused_at  # speed is that of training alone
+                self.time_left.add("save", time.monotonic() - save_at)
+            ready_at = time.monotonic()
+            logged_at += ready_at - paused_at  # speed is that of training alone
             if self.stopping:
                 break
         updates.close()
@@ -334,7 +341,18 @@ class Run:
         record |= {"skipped": progress.skipped, "elapsed_s": round(progress.elapsed_s, 3)}
         progress.loss, progress.units, progress.metrics, progress.expert_load = 0.0, 0, {}, []
         self.write(record)
-        bar.show(record)
+        bar.show(record, self.left_s())
+
+    def left_s(self) -> float | None:
+        """Return how long the run still takes, in seconds; None before its first update."""
+        update_s = self.time_left.mean("update")
+        if update_s is None:
+            return None
+        # a forward pass is a third of the work, until a validation has shown what it takes
+        n_held_out = sum(batch.n_tokens for batch in self.held_out)
+        n_trained = self.schedule.update_rows * self.data.row_positions / self.runtime.world_size
+        guess = update_s * n_held_out / n_trained / 3
+        return self.time_left.seconds(self.progress.step, {"validation": guess})
 
     def epoch(self) -> float:
         """Return how many times the data has been seen."""
@@ -348,6 +366,7 @@ class Run:
         progress = self.progress
         if not progress.validation_due:
             return
+        begun = time.monotonic()
         with self.engine.whole() as model:
             with self.runtime.autocast():
                 result = evaluate(
@@ -368,8 +387,9 @@ class Run:
             has_room = len(self.sample_prompt or ()) < model.config.max_seq_len
             if self.sample_prompt and has_room and self.runtime.is_main:
                 record["sample"] = self.sample(model)
+        self.time_left.add("validation", time.monotonic() - begun)
         self.write(record)
-        bar.show(record)
+        bar.show(record, self.left_s())
 
     def start_log(self, resumed: bool) -> None:
         """Begin the record, or cut it back to where the run goes on."""

@@ -30,13 +30,13 @@ def test_a_line_says_what_matters() -> None:
 
 def test_plain_lines_count_and_tell_the_time_left() -> None:
     lines: list[str] = []
-    shown = PlainLines(lines.append, 3, 100)
+    shown = PlainLines(lines.append, 100)
     shown.update()
-    shown.show(TRAINING)
-    shown.show(VALIDATION)
-    shown.show(VALIDATION | {"step": 3})  # made up for, before the first update: no speed yet
+    shown.show(TRAINING, 61.0)
+    shown.show(VALIDATION, 60.0)
+    shown.show(VALIDATION | {"step": 3}, None)  # before the first update: no speed yet
     shown.close()
-    assert lines[0].startswith("[  5/100] epoch 0.50") and "  left " in lines[0]
+    assert lines[0].startswith("[  5/100] epoch 0.50") and lines[0].endswith("  left 1m01s")
     assert lines[2] == "  sample: '长江\\n'" and "left" not in lines[3]
 
 
@@ -47,9 +47,10 @@ def test_a_terminal_has_a_bar_and_keeps_validations(monkeypatch: pytest.MonkeyPa
     assert isinstance(shown, TerminalBar)
     for record in (TRAINING, VALIDATION):
         shown.update()
-        shown.show(record)
+        shown.show(record, 61.0)
     shown.close()
-    assert "5/10" in terminal.getvalue() and "loss 3.2500" in terminal.getvalue()
+    assert "5/10" in terminal.getvalue() and "left 1m01s" in terminal.getvalue()
+    assert "loss 3.2500" in terminal.getvalue()
 
 
 def test_elsewhere_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:

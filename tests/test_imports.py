@@ -47,6 +47,7 @@ ARROWS: dict[str, str] = {
     "expert_load": "model",
     "trainer": "checkpoint console course engine estimate evaluation expert_load generation losses "
     "memory metrics model order prefetch report runtime saves zero",
+    "opening": "checkpoint runtime",
     # into the formats of others, and back
     "llama": "LMConfig",
     "export_folder": "LMConfig llama states tokenizer",

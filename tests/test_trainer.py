@@ -217,6 +217,21 @@ def test_each_row_is_seen_once_an_epoch_in_another_order(small: Path, tmp_path: 
     assert sum(others, []) != order and sorted(sum(others, [])) == sorted(order)
 
 
+@pytest.mark.parametrize("n_ranks", (2, 3, 5))
+def test_ranks_share_out_the_rows_of_each_update(small: Path, tmp_path: Path, n_ranks: int) -> None:
+    """Together they see what one process sees: each row once an epoch."""
+    alone, n_rows = rows_seen(small, tmp_path, f"--epochs 2 --batch_size {2 * n_ranks}")
+    together: list[list[int]] = [[] for _ in alone]
+    for rank in range(n_ranks):
+        place = Runtime(torch.device("cpu"), torch.float32, rank, n_ranks)
+        run = make_run(small, tmp_path, "--epochs 2 --batch_size 2", runtime=place)
+        for number, parts in enumerate(run.updates()):
+            if parts[0].n_tokens:  # a rank that is left without a row in the last update
+                together[number] += run.data.batches[number]
+    assert [sorted(rows) for rows in together] == [sorted(rows) for rows in alone]
+    assert sorted(sum(together, [])) == sorted(2 * list(range(n_rows)))
+
+
 def test_the_last_partial_accumulation_is_applied_alone(small: Path, tmp_path: Path) -> None:
     run = make_run(small, tmp_path, "--batch_size 4 --accumulation_steps 3 --grad_clip 0")
     n_rows, seen = run.data.n_rows, gradients(run)
