@@ -11,7 +11,7 @@ demo: .venv/.runtime
 	$(BIN)/python dataset/demo/run.py
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile
 
 unit: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not soak"

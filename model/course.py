@@ -44,7 +44,6 @@ class Schedule:
         update_rows: rows of an update, over all ranks.
         n_samples: rows of the whole run; an epoch is ``n_rows`` of them.
         n_steps: updates of the whole run.
-        n_epochs: passes begun over the data.
         warmup: updates of warm-up.
     """
 
@@ -56,13 +55,20 @@ class Schedule:
         else:
             self.n_samples = max(1, round(args.epochs * n_rows))
         self.n_steps = math.ceil(self.n_samples / self.update_rows)
-        self.n_epochs = math.ceil(self.n_samples / n_rows)
         self.warmup = args.warmup_iters
         if self.warmup is None:
             self.warmup = min(MAX_WARMUP, math.ceil(WARMUP_SHARE * self.n_steps))
 
+    @property
+    def n_epochs(self) -> int:
+        """Passes begun over the data in the whole run."""
+        return math.ceil(self.n_samples / self.n_rows)
+
     def go_on_from(self, progress: Progress) -> None:
         """Count the updates from where a run is: those before may have had another size."""
+        if self.args.max_steps:
+            left = max(0, self.args.max_steps - progress.step)
+            self.n_samples = progress.samples + left * self.update_rows
         left = max(0, self.n_samples - progress.samples)
         self.n_steps = progress.step + math.ceil(left / self.update_rows)
 

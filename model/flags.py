@@ -292,6 +292,10 @@ def parse_training_args(
     args.resume = args.resume or args.resume_anyway
     of_zero = ("offload", "deepspeed_config", "deepspeed_checkpoints")
     given = [f"--{name}" for name in of_zero if getattr(args, name)]
+    if args.deepspeed_config and not os.path.isfile(args.deepspeed_config):
+        parser.error(
+            f"--deepspeed_config {args.deepspeed_config} is no file: name DeepSpeed's JSON"
+        )
     if args.zero_stage is None:
         is_deepspeed = args.local_rank is not None or given
         args.zero_stage = stage_in(args.deepspeed_config) if is_deepspeed else 0

@@ -12,6 +12,7 @@ from torch import nn
 from .console import human
 from .course import Schedule
 from .estimate import process_memory, training_memory
+from .LMConfig import LMConfig
 from .model import MiniMindForCausalLM
 from .runtime import Runtime
 
@@ -101,6 +102,24 @@ class Budget:
             f"{message}one row of {self.row_positions} tokens alone takes "
             f"{human(self.needed(1), 'B')}. Lower --max_seq_len or take a smaller model (--dim, "
             "--n_layers); over several devices --zero_stage 3 and --offload spread the model"
+        )
+
+
+def refuse_what_is_too_large(config: LMConfig, runtime: Runtime) -> None:
+    """See that there is room for a model's weights, before any is taken; every rank must ask.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(config)
+    n_params = sum(p.numel() for p in model.parameters())
+    rooms = [room for room in runtime.gather(own_room(runtime)) if room is not None]
+    if rooms and 4 * n_params > min(rooms):
+        raise ValueError(
+            f"the weights of {n_params:,} parameters alone take {human(4 * n_params, 'B')} of "
+            f"memory on {runtime.device}, there is {human(min(rooms), 'B')} for each rank: take a "
+            "smaller model (--dim, --n_layers)"
         )
 
 

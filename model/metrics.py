@@ -151,5 +151,5 @@ class WandbLog:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         self._warn(f"wandb is left out, the run goes on ({reason})")

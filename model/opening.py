@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from .checkpoint import Loaded, start_model
+from .checkpoint import Loaded, expected_config, start_model
+from .memory import refuse_what_is_too_large
 from .runtime import Runtime, setup
 
 Data = TypeVar("Data")
@@ -22,10 +23,11 @@ def open_stage(
         make_data: reads a table: :func:`model.dataset.pretrain_data` and its like.
 
     Raises:
-        ValueError, FileNotFoundError: of a device, weights or data that do not serve.
+        ValueError, FileNotFoundError: of a device, model, weights or data that do not serve.
     """
     where = args.device, args.dtype, args.seed, args.num_workers
     runtime = setup(*where, zero_stage=args.zero_stage)
+    refuse_what_is_too_large(expected_config(args), runtime)
     start = start_model(args, after=after)
     if after is not None:
         runtime.log(f"starting from {start.path or 'random weights'}")

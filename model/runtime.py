@@ -2,10 +2,12 @@
 
 import atexit
 import contextlib
+import ctypes
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,6 +90,11 @@ class Runtime:
             return None
         return torch.cuda.max_memory_allocated(self.device)
 
+    def wait_for_all(self) -> None:
+        """Return when every rank has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
     def is_any(self, claim: bool) -> bool:
         """Say whether the claim holds on any rank."""
         return self.sum_over_ranks([float(claim)])[0] > 0
@@ -101,15 +108,20 @@ class Runtime:
         for wave in range(3):
             if wave == turn:
                 yield
-            if self.world_size > 1:
-                dist.barrier()
+            self.wait_for_all()
 
 
 class StopRequest:
-    """Is set by SIGINT or SIGTERM within its ``with`` block; a second signal ends at once."""
+    """Is set by SIGINT or SIGTERM within its ``with`` block; a second signal ends at once.
 
-    def __init__(self) -> None:
+    Args:
+        grace_s: for so long after the first, further ones count as the same: launchers send two.
+    """
+
+    def __init__(self, grace_s: float = 0.0) -> None:
+        self.grace_s = grace_s
         self.signal = 0
+        self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
@@ -127,8 +139,10 @@ class StopRequest:
 
     def _ask(self, number: int, frame: Any) -> None:
         if self:
+            if time.monotonic() - self._asked_at < self.grace_s:
+                return
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal, self._asked_at = number, time.monotonic()
         with contextlib.suppress(OSError):  # not print(): that may be what was interrupted
             os.write(2, "\nstopping after this update …\n".encode())
 
@@ -218,14 +232,42 @@ def setup(
             torch.cuda.set_device(picked)
         backend = "nccl" if picked.type == "cuda" else "gloo"
         if not dist.is_initialized():
-            dist.init_process_group(backend, timeout=PATIENCE)
-            atexit.register(leave)
+            meet(backend)
+            end_with_launcher()
     torch.manual_seed(seed)  # the same on each rank: random weights begin equal
     if num_workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(num_workers)  # read when the tokenizer first runs
     return Runtime(
         picked, training_dtype(dtype, picked), rank, world_size, local_rank, local_world_size
     )
+
+
+def meet(backend: str) -> None:
+    """Join the other ranks where the launcher says.
+
+    Raises:
+        ValueError: there is no meeting there.
+    """
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except (dist.DistError, RuntimeError) as error:
+        where = ":".join(os.environ.get(n, "?") for n in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ValueError(
+            f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}): see that all are "
+            "started, and give the launcher another --master_port if that one is taken"
+        ) from error
+    atexit.register(leave)
+
+
+def end_with_launcher() -> None:
+    """Have Linux ask this rank to stop, with a save, when its launcher is killed.
+
+    Nobody would look after it any more, nor end it when another rank is lost.
+    """
+    is_known = "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_SIZE" in os.environ  # or DeepSpeed's
+    if sys.platform == "linux" and is_known:
+        parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 
 
 def place(name: str, otherwise: int) -> int:

@@ -59,8 +59,11 @@ class Saves:
         """Return what a resumed run must share with the one that saved."""
         settings, schedule = vars(self.args), self.schedule
         chosen = {name: settings[name] for name in DECISIVE if name in settings}
-        chosen |= {"rows an update": schedule.update_rows, "rows in all": schedule.n_samples}
-        chosen |= {"warmup_iters": schedule.warmup, **self.data_fingerprint}
+        chosen |= {"rows an update": schedule.update_rows, "max_steps": self.args.max_steps}
+        if self.args.max_steps is None:  # which a stage may have counted from the ranks
+            is_counted = "epochs" in self.args.from_recipe
+            chosen["epochs"] = "of the recipe" if is_counted else self.args.epochs
+        chosen |= {"warmup_iters": self.args.warmup_iters, **self.data_fingerprint}
         ignored = {"transformers_version", "dtype", "_name_or_path"}
         config = self.engine.model.config.to_diff_dict().items()
         if self.engine.frozen:  # not in the states, so it must be the same again
@@ -201,8 +204,7 @@ class Saves:
                 f"saved by {n_ranks} ranks, going on with {self.runtime.world_size}: "
                 f"{self.schedule.update_rows} rows an update"
             )
-            for name in ("rows an update", "rows in all"):
-                was[name] = now[name]
+            was["rows an update"] = now["rows an update"]
         changed = differences(was, now, "then", "now")
         if changed and not self.args.resume_anyway:
             raise ValueError(
@@ -245,14 +247,8 @@ def differences(
 
 
 def resume_command() -> str:
-    """Return the command line that goes on with this run, started as it was."""
-    n_ranks = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
-    launcher = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", "--nproc_per_node", n_ranks]
-        if os.environ["GROUP_WORLD_SIZE"] != "1":
-            launcher += ["--nnodes", os.environ["GROUP_WORLD_SIZE"], "…"]
-    elif n_ranks is not None:
-        launcher = ["deepspeed", f"--num_gpus={n_ranks}"]
-    flags = [a for a in sys.argv if a != "--overwrite" and not a.startswith("--local_rank=")]
-    return shlex.join([*launcher, *flags, *([] if "--resume" in flags else ["--resume"])])
+    """Return how to go on with this run; of a launcher's own flags a rank does not know."""
+    if "RANK" in os.environ:
+        return "the same command" + ("" if "--resume" in sys.argv else " and --resume")
+    flags = [a for a in sys.argv if a != "--overwrite"]
+    return shlex.join(["python", *flags, *([] if "--resume" in flags else ["--resume"])])

@@ -113,10 +113,9 @@ class Run:
         self.wandb: WandbLog | None = None
         self.held_out = data.held_out_batches()[runtime.rank :: runtime.world_size]
         self.progress = Progress()
-        self.stop = StopRequest()
+        self.stop = StopRequest(grace_s=3.0 if runtime.world_size > 1 else 0.0)
         self.stopping = False  # any rank was asked to
         self.schedule = Schedule(args, data.n_rows, runtime.world_size)
-        self.sampler = Sampler(data.n_rows, args.seed, epochs=self.schedule.n_epochs)
         self.saves = Saves(
             start,
             self.engine,
@@ -138,13 +137,16 @@ class Run:
         self.report()
         if self.args.dry_run:
             return 0
-        code = 1
-        try:
-            with self.saves.states.locked() if self.runtime.is_main else nullcontext():
-                code = self.go(validate_first)
-        finally:
-            if self.wandb:
-                self.wandb.close(code)
+        with self.stop:
+            code = 1
+            try:
+                with self.saves.states.locked() if self.runtime.is_main else nullcontext():
+                    code = self.go(validate_first)
+            finally:
+                if self.wandb:
+                    self.wandb.close(code)
+            # launchers end the others when a rank ends, and rank 0 may still be saving
+            self.runtime.wait_for_all()
         return code
 
     def report(self) -> None:
@@ -181,8 +183,7 @@ class Run:
         self.start_log(resumed=not is_new)
         was_done = self.progress.step == self.schedule.n_steps
         self.engine.prepare()
-        with self.stop:
-            self.loop()
+        self.loop()
         if was_done:
             self.runtime.log(f"{self.name}: all {self.schedule.n_steps:,} updates are done already")
             with self.engine.whole() as model:
@@ -252,14 +253,14 @@ class Run:
 
     def updates(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of this rank for each update from where the run is."""
-        size = self.args.batch_size
+        size, sampler = self.args.batch_size, self.sampler
         for begin in range(
             self.progress.samples, self.schedule.n_samples, self.schedule.update_rows
         ):
             end = min(begin + self.schedule.update_rows, self.schedule.n_samples)
             everyones = range(begin, end)
             mine = everyones[self.runtime.rank :: self.runtime.world_size]
-            rows = self.sampler.rows(np.array(mine or everyones[:1]))
+            rows = sampler.rows(np.array(mine or everyones[:1]))
             parts = [self.data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
             if not mine:  # a last update of fewer rows than ranks: take part, contribute nothing
                 parts[0].targets.fill_(IGNORED)
@@ -335,7 +336,8 @@ class Run:
         record |= spread(progress.expert_load, self.model.config.n_layers)
         record |= {"tokens_per_s": round(speed, 1)}
         if self.peak_flops:
-            record["mfu"] = round(speed * self.cost.flops_per_token / self.peak_flops, 4)
+            peak = self.peak_flops * self.runtime.world_size
+            record["mfu"] = round(speed * self.cost.flops_per_token / peak, 4)
         if (memory := self.runtime.peak_memory()) is not None:
             record["gpu_memory_gb"] = round(memory / 1e9, 3)
         record |= {"skipped": progress.skipped, "elapsed_s": round(progress.elapsed_s, 3)}
@@ -353,6 +355,11 @@ class Run:
         n_trained = self.schedule.update_rows * self.data.row_positions / self.runtime.world_size
         guess = update_s * n_held_out / n_trained / 3
         return self.time_left.seconds(self.progress.step, {"validation": guess})
+
+    @property
+    def sampler(self) -> Sampler:
+        """The order of rows, for as long as the run is now going to be."""
+        return Sampler(self.data.n_rows, self.args.seed, epochs=self.schedule.n_epochs)
 
     def epoch(self) -> float:
         """Return how many times the data has been seen."""

@@ -61,9 +61,17 @@ class ZeroEngine(Engine):
         steps = [float(s["step"]) for s in self.optimizer.state.values() if "step" in s]
         moments = {self.names[id(p)]: dict(s) for p, s in self.optimizer.state.items()}
         self.optimizer.state.clear()
-        self.zero, self.wrapped, *_ = self.deepspeed.initialize(
-            model=self.model, optimizer=self.optimizer, config=self.config
-        )
+        try:
+            self.zero, self.wrapped, *_ = self.deepspeed.initialize(
+                model=self.model, optimizer=self.optimizer, config=self.config
+            )
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            if self.args.deepspeed_config is None:
+                raise
+            raise ValueError(
+                f"DeepSpeed refuses --deepspeed_config {self.args.deepspeed_config} "
+                f"({' '.join(str(error).split())[:300]})"
+            ) from error
         self.compute = self.zero
         self.make_states(max(steps, default=0.0))
         if steps:
@@ -189,6 +197,7 @@ def deepspeed_config(args: argparse.Namespace, runtime: Runtime) -> dict[str, An
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": args.batch_size,
         "gradient_accumulation_steps": args.accumulation_steps,
+        "train_batch_size": args.batch_size * args.accumulation_steps * runtime.world_size,
         "gradient_clipping": args.grad_clip or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # ours is torch's AdamW
@@ -206,6 +215,17 @@ def deepspeed_config(args: argparse.Namespace, runtime: Runtime) -> dict[str, An
         given = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"--deepspeed_config {path} is not JSON ({error})") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"--deepspeed_config {path} holds no JSON object")
+    for owner in ("bf16", "fp16", "amp", "torch_autocast"):
+        section = given.get(owner)
+        is_on = isinstance(section, dict) and section.get("enabled") not in (None, False, "auto")
+        if is_on and owner not in ours:
+            dtype = str(runtime.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{path} turns {owner} on, --dtype says {dtype}: take it out of the file, the flag "
+                "says it all"
+            )
     return merged(given, ours, str(path))
 
 

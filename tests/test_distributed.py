@@ -178,6 +178,22 @@ def test_a_run_goes_on_along_the_same_rows_on_another_number_of_ranks(
     check_same_course(straight, moved, "pretrain_32", 1e-5)
 
 
+def test_more_ranks_end_after_as_many_updates(corpus: Path, tmp_path: Path) -> None:
+    """--max_steps counts updates whatever their size; another goal is a change to accept."""
+    given = [*pretrain_flags(corpus, tmp_path), "--save_interval 1 --log_interval 1"]
+    log, folder = tmp_path / "log", tmp_path / "checkpoints/pretrain_32"
+    assert run("1-pretrain.py", *given, "--max_steps 20") == 0
+    for path in folder.glob("step_20"):
+        shutil.rmtree(path)
+    more = [*given, "--resume"]
+    assert run_ranks(2, "1-pretrain.py", *more, "--max_steps 30", log=log) == [1, 1]
+    assert "max_steps: 20 then, 30 now" in log.read_text("utf-8")
+    assert run_ranks(2, "1-pretrain.py", *more, "--max_steps 20", log=log) == [0, 0]
+    found = [r for r in records(tmp_path) if "lr" in r]
+    assert [r["step"] for r in found] == list(range(1, 21))
+    assert [r["samples"] for r in found[-2:]] == [19 * 4, 19 * 4 + 8]
+
+
 def test_torchrun_starts_it_and_an_error_on_one_rank_ends_all(corpus: Path, tmp_path: Path) -> None:
     def torchrun(*flags: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -326,6 +342,9 @@ def test_what_deepspeed_cannot_do_is_told(
     for content, message in (
         ({"gradient_clipping": 5.0}, "gradient_clipping=5.0, the flags say 1.0"),
         ({"optimizer": {"type": "SGD"}}, "has 'optimizer', which --optimizer"),
+        ({"train_batch_size": 64}, "has train_batch_size=64, the flags say 4"),
+        ({"bf16": {"enabled": True}}, "turns bf16 on, --dtype says float32"),
+        (["no object"], "holds no JSON object"),
     ):
         config.write_text(json.dumps(content), "utf-8")
         log = tmp_path / f"log{len(message)}"

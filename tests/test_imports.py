@@ -41,13 +41,13 @@ ARROWS: dict[str, str] = {
     "checkpoint": "LMConfig lora model runtime states tokenizer",
     "engine": "model optim runtime",
     "zero": "engine model runtime",
-    "memory": "console course estimate model runtime",
+    "memory": "LMConfig console course estimate model runtime",
     "report": "console course engine estimate memory runtime states",
     "saves": "checkpoint course engine metrics model runtime states zero",
     "expert_load": "model",
     "trainer": "checkpoint console course engine estimate evaluation expert_load generation losses "
     "memory metrics model order prefetch report runtime saves zero",
-    "opening": "checkpoint runtime",
+    "opening": "checkpoint memory runtime",
     # into the formats of others, and back
     "llama": "LMConfig",
     "export_folder": "LMConfig llama states tokenizer",

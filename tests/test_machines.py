@@ -158,6 +158,44 @@ def test_a_lost_machine_that_comes_back_goes_on_by_itself(corpus: Path, tmp_path
     check_same_course(tmp_path / "one", out, "pretrain_32", 1e-4)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks into Linux's /proc")
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    (("rank 0", signal.SIGTERM), ("launcher", signal.SIGINT), ("launcher", signal.SIGKILL)),
+)
+def test_whatever_is_stopped_under_a_launcher_the_last_update_is_saved(
+    corpus: Path, tmp_path: Path, victim: str, number: int
+) -> None:
+    """Launchers signal all ranks as soon as one ends; here a save takes long enough to be hit."""
+    flags = "--dim 384 --n_layers 8 --max_steps 100000 --save_interval 100000 --log_interval 1"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words += [str(ROOT / "1-pretrain.py"), *pretrain_flags(corpus, tmp_path), *flags.split()]
+    metrics = tmp_path / "logs/pretrain_384/metrics.jsonl"
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(words, stdout=log, stderr=log, env=environment())
+    ranks: list[int] = []
+    try:
+        until(lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") > 2, launcher)
+        ranks = children(launcher)
+        os.kill(min(ranks) if victim == "rank 0" else launcher.pid, number)
+        until(lambda: not any(map(is_running, ranks)))
+        launcher.wait(60)
+    finally:
+        launcher.kill()
+        for pid in filter(is_running, ranks):
+            os.kill(pid, signal.SIGKILL)
+    last = records(tmp_path, "pretrain_384")[-1]["step"]
+    assert states(tmp_path, "pretrain_384") == [f"step_{last}"], said(tmp_path / "log")
+    assert (tmp_path / "pretrain_384.pth").is_file()
+    assert f"stopped at update {last} of 100,000" in said(tmp_path / "log")
+
+
+def is_running(pid: int) -> bool:
+    """Say whether a process is there and no zombie."""
+    path = Path(f"/proc/{pid}/stat")
+    return path.is_file() and path.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def said(log: Path) -> str:
     return log.read_text("utf-8") if log.is_file() else ""
 

@@ -80,6 +80,16 @@ def test_a_signal_is_noted_and_a_second_one_ends() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_what_a_launcher_sends_twice_counts_once() -> None:
+    with StopRequest(grace_s=60) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt), StopRequest(grace_s=1e-9):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_another_thread_leaves_signals_alone() -> None:
     def work() -> None:
         with StopRequest() as stop:  # only the main thread may set handlers
