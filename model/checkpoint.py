@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -440,11 +441,16 @@ def check_tokenizer(
         )
 
 
-def start_model(args: argparse.Namespace, after: str | None) -> Loaded:
+def start_model(
+    args: argparse.Namespace,
+    after: str | None,
+    check_room: Callable[[LMConfig], None] = lambda config: None,
+) -> Loaded:
     """Return the model that a stage begins with: ``--init_from``, else what stage ``after`` left.
 
     Args:
         after: the stage before; None: a new model with random weights.
+        check_room: is asked before memory is taken for a new model, and raises where there is none.
 
     Raises:
         FileNotFoundError: the stage before has not been run.
@@ -458,6 +464,7 @@ def start_model(args: argparse.Namespace, after: str | None) -> Loaded:
         tokenizer = Tokenizer(args.tokenizer or DEFAULT_TOKENIZER)
         config = new_config(args, tokenizer)
         check_tokenizer(config, None, tokenizer, None)
+        check_room(config)
         return Loaded(MiniMindForCausalLM(config), tokenizer, None)
     like = expected_config(args)
     names = dict.fromkeys((args.run_name, None))  # this run's own, else the unnamed one

@@ -105,7 +105,7 @@ class Budget:
         )
 
 
-def refuse_what_is_too_large(config: LMConfig, runtime: Runtime) -> None:
+def refuse_what_is_too_large(runtime: Runtime, config: LMConfig) -> None:
     """See that there is room for a model's weights, before any is taken; every rank must ask.
 
     Raises:

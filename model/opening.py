@@ -2,10 +2,11 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from .checkpoint import Loaded, expected_config, start_model
+from .checkpoint import Loaded, start_model
 from .memory import refuse_what_is_too_large
 from .runtime import Runtime, setup
 
@@ -27,8 +28,7 @@ def open_stage(
     """
     where = args.device, args.dtype, args.seed, args.num_workers
     runtime = setup(*where, zero_stage=args.zero_stage)
-    refuse_what_is_too_large(expected_config(args), runtime)
-    start = start_model(args, after=after)
+    start = start_model(args, after, partial(refuse_what_is_too_large, runtime))
     if after is not None:
         runtime.log(f"starting from {start.path or 'random weights'}")
     with runtime.main_first():  # the others find the token store that it makes

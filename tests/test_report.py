@@ -85,6 +85,12 @@ def test_where_not_even_a_row_fits_it_says_what_to_lower(corpus: Path, tmp_path:
         pretrain(corpus, tmp_path, flags)
 
 
+def test_a_model_beyond_memory_is_refused_before_it_takes_any(corpus: Path, tmp_path: Path) -> None:
+    """Terabytes: whoever builds it first does not live to tell."""
+    with pytest.raises(ValueError, match=r"the weights of [\d,]+ parameters alone take [\d.]+ TB"):
+        pretrain(corpus, tmp_path, "--dim 32768 --n_layers 48 --dry_run")
+
+
 def test_more_rows_than_there_are_need_no_room(corpus: Path, tmp_path: Path) -> None:
     assert pretrain(corpus, tmp_path, f"--batch_size {2**30} --epochs 1 --dry_run") == 0
 
