@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -296,7 +297,8 @@ def _convert_batches(inputs: Sequence[str | Path], job: Job, workers: int) -> It
     waiting: deque[Any] = deque()
     try:
         for batch in batches:
-            waiting.append(pool.submit(convert_batch, batch, job))
+            with _interrupts_held():  # a submission may start a worker
+                waiting.append(pool.submit(convert_batch, batch, job))
             if len(waiting) > 2 * workers:  # bounds the memory
                 yield waiting.popleft().result()
         while waiting:
@@ -309,8 +311,24 @@ def _convert_batches(inputs: Sequence[str | Path], job: Job, workers: int) -> It
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C until the end of the block, and from processes that are started in it for good.
+
+    A worker that is still importing when the terminal interrupts all would print a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems without signal masks
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -390,8 +390,8 @@ def test_a_full_disk_is_one_clear_message(tmp_path: Path) -> None:
     assert (tmp_path / "out.csv").read_text() == "the table before"
 
 
-def start_slow(folder: Path, n_lines: int = 40_000) -> subprocess.Popen:
-    """Start a run of some seconds with two workers and wait until it has written rows."""
+def start_slow(folder: Path, n_lines: int = 40_000, written: int = 1_000_000) -> subprocess.Popen:
+    """Start a run of some seconds with two workers and wait until it has written bytes."""
     damaged_corpus(folder, n_lines)
     command = [sys.executable, str(ROOT / "data_process.py"), "sft", "--workers", "2"]
     command += ["--input", "raw.jsonl", "raw.jsonl", "raw.jsonl", "--output", "out.csv"]
@@ -405,7 +405,7 @@ def start_slow(folder: Path, n_lines: int = 40_000) -> subprocess.Popen:
     )
     temporary = folder / "out.csv.tmp"
     deadline = time.monotonic() + 60
-    while not (temporary.exists() and temporary.stat().st_size > 1_000_000):
+    while not (temporary.exists() and temporary.stat().st_size >= written):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     return process
@@ -458,6 +458,20 @@ def test_stopping_cleans_up(tmp_path: Path, number: int) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "sft: stopped, nothing written" in errors
     assert "Traceback" not in errors
+    wait_for_end(process.pid)
+    assert os.listdir(tmp_path) == ["raw.jsonl"]
+
+
+@pytest.mark.slow
+@needs_proc
+def test_workers_that_are_starting_hear_no_interrupt(tmp_path: Path) -> None:
+    process = start_slow(tmp_path, written=0)
+    while len(living(process.pid)) < 4:  # the script, a resource tracker, workers that import
+        time.sleep(0.001)
+    time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
     wait_for_end(process.pid)
     assert os.listdir(tmp_path) == ["raw.jsonl"]
 

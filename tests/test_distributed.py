@@ -37,7 +37,6 @@ OFTEN = "--log_interval 1 --eval_interval 5 --learning_rate 5e-3"
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_corpus(tmp_path_factory.mktemp("corpus"))
-    write_documents(folder / "val.csv", 20, seed=5, longest=10)
     write_chats(folder / "own.csv", 60)
     pairs = [
         {"prompt": f"city {i}", "chosen": f"北京 {i % 7}", "rejected": f"walks {i % 5}"}

@@ -17,7 +17,6 @@ from tiny_runs import (
     states,
     wait_until,
     write_corpus,
-    write_documents,
 )
 
 pytestmark = pytest.mark.slow
@@ -33,9 +32,7 @@ ROUNDS = [
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_corpus(tmp_path_factory.mktemp("corpus"))
-    write_documents(folder / "val.csv", 20, seed=5, longest=10)
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def command(corpus: Path, out: Path, flags: str) -> list[str]:

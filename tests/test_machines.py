@@ -35,9 +35,7 @@ COURSE = "--max_steps 30 --log_interval 1 --eval_interval 10 --save_interval 2"
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_corpus(tmp_path_factory.mktemp("corpus"))
-    write_documents(folder / "val.csv", 20, seed=5, longest=10)
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 # ----------------------------------------------------------------------------- disks
@@ -50,7 +48,6 @@ class Machine:
         self.folder = folder
         self.corpus = write_corpus(folder)
         write_documents(folder / "pretrain.csv", 300, seed=seed)
-        write_documents(folder / "val.csv", 20, seed=5, longest=10)
         self.out, self.log = folder / "out", folder / "log"
         self.states = self.out / "checkpoints/pretrain_32"
 

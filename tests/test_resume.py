@@ -33,7 +33,6 @@ from model.trainer import train
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_corpus(tmp_path_factory.mktemp("corpus"))
     write_documents(folder / "pretrain.csv", 40, longest=25)
-    write_documents(folder / "val.csv", 20, seed=5, longest=10)
     return folder
 
 

@@ -29,12 +29,12 @@ from tiny_runs import (
 )
 from torch import Tensor, nn
 
-from model.checkpoint import start_model
 from model.dataset import pretrain_data, sft_data
 from model.evaluation import evaluate
 from model.losses import Batch, LossSums, language_model_loss
+from model.opening import open_stage
 from model.optim import learning_rate_at
-from model.runtime import Runtime, setup
+from model.runtime import Runtime
 from model.trainer import MAX_SKIPPED_IN_A_ROW, Run, train
 
 
@@ -67,15 +67,7 @@ def parts_of_run(corpus: Path, out: Path, flags: str = "", stage: str = "pretrai
         given += f" {MODEL} {PLACE} --init_from none {flags}"
         args = script("3-full_sft.py").parse_args(given.split())
         make = sft_data
-    runtime = setup(args.device, args.dtype, args.seed)
-    start = start_model(args, after=None)
-    data = make(
-        Path(args.data_path),
-        start.tokenizer,
-        start.model.config.max_seq_len,
-        val_path=args.val_data_path and Path(args.val_data_path),
-        recipe=args.recipe,
-    )
+    runtime, start, data = open_stage(args, after=None, make_data=make)
     return start, Recorder(data), args, runtime
 
 

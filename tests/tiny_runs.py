@@ -90,9 +90,12 @@ def write_csv(path: Path, header: list[str], rows: list[list[str]]) -> Path:
 
 
 def write_corpus(folder: Path) -> Path:
-    """Fill a folder: ``tokenizer/``, ``pretrain.csv``, ``sft_single.csv``, ``sft_multi.csv``."""
+    """Fill a folder: ``tokenizer/``, ``pretrain.csv``, ``val.csv``, ``sft_single.csv``,
+    ``sft_multi.csv``.
+    """
     write_tokenizer(folder / "tokenizer")
     write_documents(folder / "pretrain.csv", 300)
+    write_documents(folder / "val.csv", 20, seed=5, longest=10)
     write_chats(folder / "sft_single.csv", 300, seed=1)
     write_chats(folder / "sft_multi.csv", 300, turns=3, seed=2)
     return folder
