@@ -65,6 +65,16 @@ ARROWS: dict[str, str] = {
     "quiz": "checkpoint generation runtime",
     "flags": "runtime",
     "terminal": "checkpoint flags generation",
+    # serving it
+    "model_list": "LMConfig checkpoint lora",
+    # the page and the terminal client
+    "chats": "",
+    "remote": "",
+    "terminal_client": "chats remote",
+    "page_labels": "",
+    "page_answers": "chats checkpoint engine_thread generation model_list prompts remote sampling",
+    "page_settings": "chats page_answers page_labels sampling",
+    "page": "chats page_answers page_labels page_settings",
 }
 
 SCRIPTS = sorted(
