@@ -39,20 +39,20 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     from model.checkpoint import load_for_inference
-    from model.generation import Answer, fit_text, generate, prompt_limit
+    from model.generation import Engine
+    from model.prompts import fit_text, prompt_limit
 
     loaded = load_for_inference(args, purpose="pretrain")
     introduce(loaded)
     model, tokenizer, options = loaded.model, loaded.tokenizer, sampling_options(args)
     limit = prompt_limit(model.config.max_seq_len, options.max_new_tokens)
+    engine = Engine(model, tokenizer, max_batch=1)
     for text in ask("开头: ") if args.interactive else args.prompt or BEGINNINGS:
         prompt_ids, n_dropped = fit_text(tokenizer, text, limit)
         if n_dropped:
             print(f"[left out its first {n_dropped} tokens: a prompt takes at most {limit} tokens]")
-        tokens = generate(model, prompt_ids, options)
-        answer = Answer(tokenizer, tokens, options.stop, n_prompt=len(prompt_ids))
         print(text, end="", flush=True)
-        show(answer, interactive=args.interactive)
+        show(engine, engine.submit(prompt_ids, options), interactive=args.interactive)
 
 
 if __name__ == "__main__":

@@ -53,12 +53,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     from model.checkpoint import load_for_inference
-    from model.generation import Answer, fit_messages, generate, prompt_limit
+    from model.generation import Engine
+    from model.prompts import fit_messages, prompt_limit
 
     loaded = load_for_inference(args, purpose="chat")
     introduce(loaded)
     model, tokenizer, options = loaded.model, loaded.tokenizer, sampling_options(args)
     limit = prompt_limit(model.config.max_seq_len, options.max_new_tokens)
+    engine = Engine(model, tokenizer, max_batch=1)  # keeps the conversation's keys and values
     system = [{"role": "system", "content": args.system}] if args.system else []
 
     def answer(messages: list[dict[str, str]]) -> str:
@@ -68,10 +70,9 @@ def main() -> None:
                 f"[left out the {n_dropped} oldest messages: a prompt has at most {limit} tokens]"
             )
         prompt_ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
-        tokens = generate(model, prompt_ids, options)
-        reply = Answer(tokenizer, tokens, options.stop, n_prompt=len(prompt_ids))
+        reply = engine.submit(prompt_ids, options)
         print("MiniMind: ", end="", flush=True)
-        show(reply, interactive=args.interactive)
+        show(engine, reply, interactive=args.interactive)
         return reply.text
 
     if not args.interactive:

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .generation import SamplingOptions, fit_messages, generate, prompt_limit, stream_text
+from .generation import generate
+from .prompts import fit_messages, prompt_limit
+from .sampling import SamplingOptions
+from .text_stream import stream_text
 
 if TYPE_CHECKING:
     from .checkpoint import Loaded

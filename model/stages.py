@@ -11,10 +11,12 @@ from .ceval import CHANCE, Exam, ask
 from .ceval_report import methods_of, share_right
 from .checkpoint import ADAPTER_STAGES, STAGE_STEMS, Loaded
 from .evaluation import Share, measure_text
-from .generation import Answer, SamplingOptions, fit_messages, generate, prompt_limit
+from .generation import Engine
+from .prompts import fit_messages, prompt_limit
 from .quiz import QuizItem, take_quiz
 from .repetition import distinct, longest_loop
 from .rows import read_documents
+from .sampling import SamplingOptions
 from .tally import Tally
 
 ADAPTER_FILE = "adapter_config.json"
@@ -137,8 +139,9 @@ def answer_to(loaded: Loaded, prompt: str, max_new_tokens: int) -> dict[str, Any
     messages, _ = fit_messages(tokenizer, [{"role": "user", "content": prompt}], limit)
     ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
     options = SamplingOptions(temperature=0, max_new_tokens=max_new_tokens)
-    answer = Answer(tokenizer, generate(model, ids, options))
-    text = "".join(answer)
+    engine = Engine(model, tokenizer, max_batch=1)
+    answer = engine.submit(ids, options)
+    text = "".join(engine.stream(answer))
     return {
         "prompt": prompt,
         "answer": text,

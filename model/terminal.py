@@ -14,7 +14,8 @@ from .flags import non_negative, positive
 
 if TYPE_CHECKING:
     from .checkpoint import Loaded
-    from .generation import Answer, SamplingOptions
+    from .generation import Answer, Engine
+    from .sampling import SamplingOptions
 
 
 def fraction(text: str) -> float:
@@ -26,7 +27,7 @@ def fraction(text: str) -> float:
 
 
 def sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add the flags of :class:`model.generation.SamplingOptions`; ``defaults`` are the script's."""
+    """Add the flags of :class:`model.sampling.SamplingOptions`; ``defaults`` are the script's."""
     add = parser.add_argument_group("sampling").add_argument
     add("--max_new_tokens", type=positive(int), help="longest answer (default %(default)s)")
     add("--temperature", type=non_negative(float), help="0: greedy (default %(default)s)")
@@ -43,7 +44,7 @@ def sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
 
 def sampling_options(args: argparse.Namespace) -> "SamplingOptions":
     """Return the options that :func:`sampling_flags` parsed."""
-    from .generation import SamplingOptions
+    from .sampling import SamplingOptions
 
     names = SamplingOptions.__dataclass_fields__.keys() & vars(args).keys()
     return SamplingOptions(**{name: getattr(args, name) for name in names})
@@ -77,12 +78,12 @@ def ask(label: str) -> Iterator[str]:
             yield line
 
 
-def show(answer: "Answer", *, interactive: bool) -> None:
+def show(engine: "Engine", answer: "Answer", *, interactive: bool) -> None:
     """Print an answer as it comes, and its speed; Ctrl-C ends the answer, and the program only if
     it is not ``interactive``.
     """
     try:
-        for piece in answer:
+        for piece in engine.stream(answer):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         if not interactive:

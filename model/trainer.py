@@ -20,7 +20,7 @@ from .engine import Engine
 from .estimate import model_cost, peak_flops
 from .evaluation import evaluate
 from .expert_load import ExpertLoad, spread
-from .generation import SamplingOptions, generate, stream_text
+from .generation import generate
 from .losses import IGNORED, Batch, LossFn, language_model_loss
 from .memory import Budget
 from .metrics import RunLog, WandbLog
@@ -29,7 +29,9 @@ from .order import Sampler
 from .prefetch import prefetch
 from .report import report
 from .runtime import Runtime, StopRequest
+from .sampling import SamplingOptions
 from .saves import Saves, resume_command
+from .text_stream import stream_text
 from .zero import ZeroEngine
 
 MAX_SKIPPED_IN_A_ROW = 10

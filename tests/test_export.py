@@ -30,10 +30,11 @@ from transformers import (
 from model.checkpoint import Loaded, save_weights
 from model.export import check_output, export
 from model.flags import model_flags
-from model.generation import SamplingOptions, generate
+from model.generation import generate
 from model.hub import CARD_TAG
 from model.model import MiniMindForCausalLM
 from model.readback import read_back
+from model.sampling import SamplingOptions
 from model.tokenizer import EOS_ID, Tokenizer
 
 TEXTS = ("river mountain 长江", "the city, 北京 walks!", "  a b\n\n", "😀 unseen é", "")

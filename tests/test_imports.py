@@ -46,7 +46,7 @@ ARROWS: dict[str, str] = {
     "saves": "checkpoint course engine metrics model runtime states zero",
     "expert_load": "model",
     "trainer": "checkpoint console course engine estimate evaluation expert_load generation losses "
-    "memory metrics model order prefetch report runtime saves zero",
+    "memory metrics model order prefetch report runtime sampling saves text_stream zero",
     "opening": "checkpoint memory runtime",
     # into the formats of others, and back
     "llama": "LMConfig",
@@ -56,15 +56,21 @@ ARROWS: dict[str, str] = {
     "export": "checkpoint export_folder export_gguf hub llama states",
     "readback": "LMConfig checkpoint export_gguf llama model tokenizer",
     # talking to it
-    "generation": "",
+    "sampling": "",
+    "text_stream": "sampling",
+    "prompts": "",
+    "slot_cache": "",
+    "generation": "sampling slot_cache text_stream",
+    "engine_thread": "generation sampling",
     "evaluation": "losses",
     "repetition": "",
     "ceval": "evaluation records tally",
     "ceval_report": "ceval evaluation states",
-    "stages": "ceval ceval_report checkpoint evaluation generation quiz repetition rows tally",
-    "quiz": "checkpoint generation runtime",
+    "stages": "ceval ceval_report checkpoint evaluation generation prompts quiz repetition rows "
+    "sampling tally",
+    "quiz": "checkpoint generation prompts runtime sampling text_stream",
     "flags": "runtime",
-    "terminal": "checkpoint flags generation",
+    "terminal": "checkpoint flags generation sampling",
     # serving it
     "model_list": "LMConfig checkpoint lora",
     # the page and the terminal client

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, EvalPrediction, Trainer, TrainingArguments, pipeline
 
-from model.generation import Answer, SamplingOptions, generate
+from model.generation import Engine
 from model.model import MiniMindForCausalLM
+from model.sampling import SamplingOptions
 from model.tokenizer import Message, Tokenizer
 
 Build = Callable[..., MiniMindForCausalLM]
@@ -193,8 +194,9 @@ def test_a_pipeline_says_what_we_say(
     said = []
     for prompt in questions:
         prompt_ids = ours.encode_chat(prompt, add_generation_prompt=True)
-        answer = Answer(ours, generate(model, prompt_ids, greedy))
-        said.append([*prompt, {"role": "assistant", "content": "".join(answer)}])
+        engine = Engine(model, ours, max_batch=1)
+        answer = engine.submit(prompt_ids, greedy)
+        said.append([*prompt, {"role": "assistant", "content": "".join(engine.stream(answer))}])
         assert answer.finish_reason == ("stop" if learnt else "length")
     assert (said == expected) == learnt
     chat = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))

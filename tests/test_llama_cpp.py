@@ -24,8 +24,9 @@ from model.checkpoint import Loaded, load_model, read_sidecar
 from model.export import export
 from model.export_gguf import our_tensors, quantizations
 from model.flags import model_flags
-from model.generation import SamplingOptions, generate
+from model.generation import generate
 from model.model import MiniMindForCausalLM
+from model.sampling import SamplingOptions
 from model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
