@@ -73,6 +73,16 @@ ARROWS: dict[str, str] = {
     "terminal": "checkpoint flags generation sampling",
     # serving it
     "model_list": "LMConfig checkpoint lora",
+    "api_errors": "",
+    "api_requests": "api_errors sampling",
+    "api_responses": "generation sampling tokenizer",
+    "api_service": "api_errors checkpoint engine_thread generation model_list sampling",
+    "api_metrics": "api_service",
+    "api_middleware": "api_errors api_metrics api_service",
+    "api_streams": "api_errors api_responses api_service generation",
+    "api_server": "api_errors api_metrics api_middleware api_requests api_responses api_service "
+    "api_streams",
+    "api_run": "api_server api_service generation model_list terminal",
     # the page and the terminal client
     "chats": "",
     "remote": "",

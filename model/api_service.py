@@ -1,0 +1,313 @@
+"""The models that the API server offers, and how the event loop waits for their answers."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from .api_errors import invalid, queue_full, too_long, unavailable, unknown_model
+from .checkpoint import Loaded, weights_digest
+from .engine_thread import EngineThread, Pieces
+from .generation import Answer, Engine, Piece, QueueFull
+from .model_list import ModelChoice
+from .sampling import SamplingOptions
+
+Message = dict[str, str]
+INLINE_CHARS = 2000  # encoding so much takes the event loop no longer than a millisecond
+MESSAGE_TOKENS = 4  # <s>, a role, </s> and a line break at least
+RETRY_S = 0.05  # until a request with several answers tries again to queue the next one
+
+
+class Served:
+    """A model with its engine; its pieces arrive in the event loop, once a step."""
+
+    def __init__(
+        self,
+        choice: ModelChoice,
+        loaded: Loaded,
+        engine: Engine,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.name = choice.name
+        self.choice = choice
+        self.tokenizer = loaded.tokenizer
+        self.engine = engine
+        self.thread = EngineThread(engine, self._deliver)
+        self.n_params = sum(parameter.numel() for parameter in loaded.model.parameters())
+        self.fingerprint = f"fp_{weights_digest(loaded.model)[:12]}"
+        self.created = int(choice.path.stat().st_mtime)
+        self.longest_token = int(self.tokenizer.token_bytes.max())
+        self.readers: dict[Answer, tuple[Reply, int]] = {}
+        self._loop = loop
+
+    @cached_property
+    def context(self) -> int:
+        return self.engine.context
+
+    def _deliver(self, pieces: Pieces) -> None:
+        """Hand a step's pieces to the event loop; called in the engine's thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._distribute, pieces)
+
+    def _distribute(self, pieces: Pieces) -> None:
+        for answer, piece in pieces:
+            if reader := self.readers.get(answer):
+                reply, index = reader
+                reply.take(index, answer, piece)
+
+    def check_ids(self, ids: Sequence[int], field: str = "prompt") -> None:
+        """Raise ApiError for ids that the model does not have, or that fill its context."""
+        n_ids = self.tokenizer.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < n_ids:
+            raise invalid(
+                f"{field} has ids from {min(ids)} to {max(ids)}: expected 0 to {n_ids - 1}, see "
+                "/tokenize",
+                field,
+            )
+        if field == "prompt" and len(ids) >= self.context:
+            raise too_long(len(ids), self.context, field)
+
+    async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Return a conversation's ids, ready for the answer.
+
+        Raises:
+            ApiError: it leaves no room for one.
+        """
+        n_least = MESSAGE_TOKENS * len(messages)
+        n_chars = sum(len(message["content"]) for message in messages)
+
+        def encode() -> list[int]:
+            return self.tokenizer.encode_chat(messages, add_generation_prompt=True)
+
+        return await self._encode(encode, n_chars, n_least, "messages")
+
+    async def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text to be continued.
+
+        Raises:
+            ApiError: it leaves no room for that.
+        """
+
+        def encode() -> list[int]:
+            return self.tokenizer.encode_document(text)[:-1]
+
+        return await self._encode(encode, len(text), 1, "prompt")
+
+    async def _encode(
+        self, encode: Callable[[], list[int]], n_chars: int, n_least: int, field: str
+    ) -> list[int]:
+        n_least = max(n_least, -(-n_chars // self.longest_token))
+        if n_least >= self.context:  # no need to know how many exactly
+            raise too_long(n_least, self.context, field, at_least=True)
+        is_short = n_chars + 100 * n_least < INLINE_CHARS
+        ids = encode() if is_short else await asyncio.to_thread(encode)
+        if len(ids) >= self.context:
+            raise too_long(len(ids), self.context, field)
+        return ids
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to be made."""
+
+    prompt_ids: list[int]
+    options: SamplingOptions
+
+
+class Reply:
+    """The answers to one HTTP request.
+
+    At most as many as the engine has slots are queued at once, so that a request for many answers
+    leaves room for others; the rest follow.
+
+    Args:
+        every_piece: whether the reader wants pieces as they come, or only whole answers.
+    """
+
+    def __init__(self, served: Served, jobs: Sequence[Job], *, every_piece: bool) -> None:
+        self.served = served
+        self.answers: list[Answer | None] = [None] * len(jobs)
+        self.is_abandoned = False
+        self._jobs = jobs
+        self._n_submitted = 0
+        self._n_open = 0
+        self._every_piece = every_piece
+        self._fresh: list[tuple[int, Piece]] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def start(self) -> None:
+        """Queue the first answers.
+
+        Raises:
+            ApiError: the queue is full.
+            ValueError: a prompt that the engine does not take.
+        """
+        try:
+            self._submit_next()
+        except QueueFull as error:
+            raise queue_full(str(error)) from None
+        self._submit_more()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every answer has come to its end."""
+        return self._n_open == 0 and self._n_submitted == len(self._jobs)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether there is nothing more to wait for."""
+        return self.is_abandoned or (self.is_done and not self._fresh)
+
+    def _submit_next(self) -> None:
+        index = self._n_submitted
+        job = self._jobs[index]
+        answer = self.served.thread.submit(job.prompt_ids, job.options)
+        self.answers[index] = answer
+        self.served.readers[answer] = (self, index)
+        self._n_submitted += 1
+        self._n_open += 1
+
+    def _submit_more(self) -> None:
+        try:
+            while (
+                self._n_submitted < len(self._jobs)
+                and self._n_open < self.served.engine.max_batch
+                and not self.is_abandoned
+            ):
+                self._submit_next()
+        except QueueFull as error:
+            if self._n_open:
+                return  # the end of one of ours is the time to try again
+            if self.served.thread.is_alive:
+                asyncio.get_running_loop().call_later(RETRY_S, self._submit_more)
+            else:
+                self._fresh.append((self._n_submitted, Piece("", error=error)))
+                self._wake()
+
+    def take(self, index: int, answer: Answer, piece: Piece) -> None:
+        """Take a piece from the engine."""
+        if piece.is_last:
+            del self.served.readers[answer]
+            self._n_open -= 1
+            if self._n_submitted < len(self._jobs) and not piece.error:
+                self._submit_more()
+        if self.is_abandoned:
+            return
+        if self._every_piece or self.is_done or piece.error or piece.finish_reason == "cancelled":
+            self._fresh.append((index, piece))
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def pieces(self) -> list[tuple[int, Piece]]:
+        """Wait for what is new; without ``every_piece``, for the end. Empty: abandoned."""
+        if not self._fresh and not self.is_abandoned:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
+    def abandon(self) -> None:
+        """Cancel what is not done; nobody waits for it any more."""
+        if self.is_abandoned:
+            return
+        self.is_abandoned = True
+        for answer in self.answers:
+            if answer is not None and not answer.is_done:
+                self.served.thread.cancel(answer)
+        self._wake()
+
+
+class Service:
+    """Everything that is served: models by name, the first one for any other name.
+
+    Args:
+        open_models: returns the models; is called in a thread of its own.
+        defaults: how to answer where a request does not say.
+        is_strict: refuse unknown names.
+    """
+
+    def __init__(
+        self,
+        open_models: Callable[[asyncio.AbstractEventLoop], list[Served]],
+        defaults: SamplingOptions,
+        *,
+        is_strict: bool = False,
+    ) -> None:
+        self.models: dict[str, Served] = {}
+        self.defaults = defaults
+        self.started_at = time.time()
+        self._open_models = open_models
+        self._is_strict = is_strict
+        self._state = "loading"
+
+    @property
+    def state(self) -> str:
+        """``loading``, ``ok``, ``draining``, or ``failed``: an engine's thread has ended."""
+        if self._state == "ok" and not all(m.thread.is_alive for m in self.models.values()):
+            return "failed"
+        return self._state
+
+    async def load(self) -> None:
+        """Open the models and start their engines.
+
+        Raises:
+            Exception: as ``open_models``.
+        """
+        loop = asyncio.get_running_loop()
+        found = await asyncio.to_thread(self._open_models, loop)
+        for served in found:
+            served.thread.start()
+        self.models = {served.name: served for served in found}
+        if self._state == "loading":
+            self._state = "ok"
+
+    def model(self, name: str | None) -> Served:
+        """Return the model that a request names, or the first one.
+
+        Raises:
+            ApiError: there is none of that name and names are strict, or none is ready.
+        """
+        if self.state != "ok":
+            raise unavailable(self.state)
+        if name and (self._is_strict or name in self.models):
+            return self.named(name)
+        return next(iter(self.models.values()))
+
+    def named(self, name: str) -> Served:
+        """Return the model of exactly this name.
+
+        Raises:
+            ApiError: there is none.
+        """
+        if name not in self.models:
+            raise unknown_model(name, list(self.models))
+        return self.models[name]
+
+    async def drain(self, limit_s: float) -> bool:
+        """Take no more requests and let those under way come to their end, ``limit_s`` seconds
+        long; then cancel the rest. Return whether all came to it.
+        """
+        self._state = "draining"
+        threads = [served.thread for served in self.models.values()]
+        ended = await asyncio.gather(*(asyncio.to_thread(t.drain, limit_s) for t in threads))
+        await asyncio.gather(*(asyncio.to_thread(thread.close) for thread in threads))
+        return all(ended)
+
+    def cancel_all(self) -> None:
+        """Give up every answer at once."""
+        for served in self.models.values():
+            served.engine.cancel_all()
+
+
+def check_names(choices: Sequence[ModelChoice]) -> None:
+    """Raise ValueError where two models have one name."""
+    names = [choice.name for choice in choices]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"two models are called {name!r}: give one another name, --add_model NAME=PATH"
+            )
