@@ -38,6 +38,7 @@ class EngineThread:
         self._deliver = deliver
         self._inboxes: dict[Answer, Inbox] = {}
         self._changed = threading.Condition()
+        self._idle = True  # the engine's own view of its work, mid-step, is for this thread alone
         self._draining = self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -72,6 +73,7 @@ class EngineThread:
                 self._inboxes[answer] = inbox
             else:
                 answer = self.engine.submit(prompt_ids, options, on_piece)
+            self._idle = False
             self._changed.notify_all()
         return answer
 
@@ -116,7 +118,7 @@ class EngineThread:
         return all_ended
 
     def _is_idle(self) -> bool:
-        return not (self.engine.has_work and self.is_alive)
+        return self._idle or not self.is_alive
 
     def close(self) -> None:
         """Cancel what is under way and end the thread."""
@@ -131,23 +133,26 @@ class EngineThread:
             while True:
                 with self._changed:
                     while not (self.engine.has_work or self._closing):
+                        self._idle = True
                         self._changed.notify_all()  # to those who drain
                         self._changed.wait()
                     closing = self._closing
                 if closing:
                     self._end_all()
                     return
-                self._give(self.engine.step())
+                self._step()
         except BaseException as error:
             self.error = error
+            self._deliver = None
             self._end_all()
             raise
 
     def _end_all(self) -> None:
         self.engine.cancel_all()
         while self.engine.has_work:
-            self._give(self.engine.step())
+            self._step()
 
-    def _give(self, pieces: Pieces) -> None:
+    def _step(self) -> None:
+        pieces = self.engine.step()
         if self._deliver is not None and pieces:
             self._deliver(pieces)

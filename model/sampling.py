@@ -183,7 +183,8 @@ class Sampler:
         self.bias: tuple[Tensor, Tensor] | None = None  # ids and what is added to their logits
         if options.logit_bias:
             ids = torch.tensor(list(options.logit_bias), device=device)
-            self.bias = ids, torch.tensor(list(options.logit_bias.values()), device=device)
+            added = list(options.logit_bias.values())
+            self.bias = ids, torch.tensor(added, dtype=torch.float, device=device)
 
     def penalise(self, logits: Tensor) -> Tensor:
         """Return ``logits`` (V,) after the penalties and the bias."""

@@ -277,6 +277,17 @@ def test_a_stop_string_ends_an_answer_and_frees_its_slot(
     assert second.finish_reason == "stop" and len(second.tokens) < 24 and engine.n_active == 0
 
 
+def test_what_was_held_back_for_a_stop_string_comes_with_the_last_piece(
+    talker: MiniMindForCausalLM, tokenizer: Tokenizer
+) -> None:
+    engine = Engine(talker, tokenizer, max_batch=1)
+    for n in range(1, 20):
+        options = SamplingOptions(temperature=0, max_new_tokens=n)
+        whole = "".join(engine.stream(engine.submit(PROMPT, options)))
+        held = SamplingOptions(temperature=0, max_new_tokens=n, stop=[whole[-2:] + "never"])
+        assert "".join(engine.stream(engine.submit(PROMPT, held))) == whole
+
+
 def test_an_answer_tells_how_it_went(talker: MiniMindForCausalLM, tokenizer: Tokenizer) -> None:
     engine = Engine(talker, tokenizer, max_batch=1)
     answer = engine.submit(PROMPT, SamplingOptions(temperature=0, max_new_tokens=20))
@@ -549,11 +560,15 @@ def test_many_threads_read_their_own_answers(
     assert thread._inboxes == {}
 
 
-def test_a_reader_in_another_thread_may_break_off(thread: EngineThread) -> None:
-    answer = thread.submit(PROMPT, SamplingOptions(seed=1))
+def test_a_reader_in_another_thread_may_break_off(tokenizer: Tokenizer) -> None:
+    endless = tiny_model(vocab_size=tokenizer.vocab_size, max_seq_len=100_000)
+    thread = EngineThread(Engine(endless, tokenizer, max_batch=1))
+    thread.start()
+    answer = thread.submit(PROMPT, SamplingOptions(seed=1, logit_bias={2: -1000}))
     for _ in thread.iterate(answer):
         break
-    assert thread.drain(60) and answer.is_done and not thread.engine.has_work
+    assert thread.drain(60) and answer.finish_reason == "cancelled"
+    thread.close()
 
 
 def test_draining_ends_what_is_under_way_and_takes_nothing_new(thread: EngineThread) -> None:

@@ -116,6 +116,38 @@ def test_what_the_penalties_count() -> None:
         assert [choose(sampler, flat), choose(sampler, flat)] == [10, 20]  # the answer alone counts
 
 
+def test_a_bias_is_added_to_the_logits() -> None:
+    logits = random_logits(rows=1)[0]
+    likeliest = int(logits.argmax())
+    for i, bias in ((3, 100.0), (likeliest, -100), (7, 2.5)):
+        biased = Sampler(SamplingOptions(temperature=0, logit_bias={i: bias, 9: -0.5}), [], V)
+        expected = logits.clone()
+        expected[i] += bias
+        expected[9] -= 0.5
+        assert choose(biased, logits) == int(expected.argmax())
+        assert torch.equal(biased.penalise(logits), expected)
+
+
+def test_rows_with_options_of_their_own_choose_as_alone() -> None:
+    """Greedy beside sampled, filters beside none, and two logits that nearly are the same."""
+    logits = random_logits(7, rows=6)
+    logits[0, [10, 20]] = torch.tensor([30.0, 30.000002])
+    options = [
+        SamplingOptions(temperature=0, top_k=3),
+        SamplingOptions(seed=1),
+        SamplingOptions(seed=2, temperature=2.0, top_k=40, top_p=0.9),
+        SamplingOptions(seed=3, top_p=0.5, logprobs=2),
+        SamplingOptions(seed=4, top_k=2, min_p=0.1, presence_penalty=1.0),
+        SamplingOptions(temperature=0, logit_bias={5: 50.0}),
+    ]
+    together = [Sampler(o, [1, 2], V) for o in options]
+    alone = [Sampler(o, [1, 2], V) for o in options]
+    for _ in range(20):
+        found = choose_tokens(together, logits)
+        assert found == [choose_tokens([alone[i]], logits[i : i + 1])[0] for i in range(6)]
+        assert (found[0].id, found[5].id) == (20, 5)
+
+
 def test_samples_agree_with_the_softmax() -> None:
     logits = torch.tensor([2.0, -1.0, 0.5, 0.0, -30.0, 1.0])
     n, temperature = 20_000, 1.7
@@ -226,6 +258,8 @@ def test_log_probabilities_are_the_models_own(model: MiniMindForCausalLM) -> Non
         ({"stop": ("",)}, "stop=.* is not made of non-empty strings"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"logprobs": -1}, "logprobs=-1"),
+        ({"logit_bias": {-1: 0.5}}, "logit_bias=.* is not made of ids"),
+        ({"logit_bias": {3: math.nan}}, "logit_bias"),
     ],
 )
 def test_options_outside_their_range_are_refused(wrong: dict, expected: str) -> None:
