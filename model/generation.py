@@ -7,7 +7,7 @@ language model with ``config.max_seq_len``, and an object with ``decode``.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -321,6 +321,26 @@ class Engine:
             if not answer.is_done:
                 self.cancel(answer)
                 self.step()
+
+    def answer_all(
+        self, prompts: Iterable[Sequence[int]], options: SamplingOptions
+    ) -> list[Answer]:
+        """Return the whole answers to many prompts, in their order.
+
+        Raises:
+            Exception: what ended an answer, if one failed.
+        """
+        answers = []
+        for prompt_ids in prompts:
+            while self.n_queued == self.max_queue:
+                self.step()
+            answers.append(self.submit(prompt_ids, options))
+        while self.has_work:
+            self.step()
+        for answer in answers:
+            if answer.error:
+                raise answer.error
+        return answers
 
     # ---- a step ----
 

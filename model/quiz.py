@@ -8,23 +8,22 @@ does not contain: the answers to other questions, so that a list of everything i
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .generation import generate
-from .prompts import fit_messages, prompt_limit
+from .generation import Answer, Engine
+from .prompts import Message, fit_messages, prompt_limit
 from .sampling import SamplingOptions
-from .text_stream import stream_text
 
 if TYPE_CHECKING:
     from .checkpoint import Loaded
     from .runtime import Runtime
 
 MAX_ANSWER_TOKENS = 64
+BATCH = 16  # questions answered together
 QuizItem = dict[str, Any]
-Message = dict[str, str]
 ANY_RELATION = "other"
 
 
@@ -138,36 +137,33 @@ def score(items: Sequence[QuizItem], answers: Iterable[str]) -> QuizResult:
     return result
 
 
-def run_quiz(items: Sequence[QuizItem], answer: Callable[[list[Message]], str]) -> QuizResult:
-    """Grade what ``answer`` returns for each item's messages.
-
-    Where many conversations are answered at once, use :func:`conversation` and :func:`score`.
-    """
-    return score(items, (answer(conversation(item)) for item in items))
-
-
-def answer_greedily(loaded: "Loaded", messages: list[Message]) -> str:
-    """Return the likeliest answer, at most ``MAX_ANSWER_TOKENS`` long; the model is in eval mode.
+def answer_greedily(
+    loaded: "Loaded", conversations: Iterable[Sequence[Message]], max_new_tokens: int
+) -> list[Answer]:
+    """Return the likeliest answer to each conversation; the model is in eval mode.
 
     Raises:
-        ValueError: the question alone is too long for the model.
+        ValueError: a question alone is too long for the model.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    limit = prompt_limit(model.config.max_seq_len, MAX_ANSWER_TOKENS)
-    prompt = tokenizer.encode_chat(
-        fit_messages(tokenizer, messages, limit)[0], add_generation_prompt=True
+    limit = prompt_limit(model.config.max_seq_len, max_new_tokens)
+    prompts = (
+        tokenizer.encode_chat(
+            fit_messages(tokenizer, messages, limit)[0], add_generation_prompt=True
+        )
+        for messages in conversations
     )
-    options = SamplingOptions(temperature=0, max_new_tokens=MAX_ANSWER_TOKENS)
-    return "".join(stream_text(tokenizer, generate(model, prompt, options)))
+    options = SamplingOptions(temperature=0, max_new_tokens=max_new_tokens)
+    return Engine(model, tokenizer, max_batch=BATCH).answer_all(prompts, options)
 
 
 def take_quiz(loaded: "Loaded", items: Sequence[QuizItem]) -> QuizResult:
     """Return how a model does; its mode stays as it was."""
     was_training = loaded.model.training
     loaded.model.eval()
-    result = run_quiz(items, lambda messages: answer_greedily(loaded, messages))
+    answers = answer_greedily(loaded, map(conversation, items), MAX_ANSWER_TOKENS)
     loaded.model.train(was_training)
-    return result
+    return score(items, (answer.text for answer in answers))
 
 
 def load_quizzes(paths: Sequence[str]) -> dict[str, list[QuizItem]]:

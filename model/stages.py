@@ -11,12 +11,9 @@ from .ceval import CHANCE, Exam, ask
 from .ceval_report import methods_of, share_right
 from .checkpoint import ADAPTER_STAGES, STAGE_STEMS, Loaded
 from .evaluation import Share, measure_text
-from .generation import Engine
-from .prompts import fit_messages, prompt_limit
-from .quiz import QuizItem, take_quiz
+from .quiz import QuizItem, answer_greedily, take_quiz
 from .repetition import distinct, longest_loop
 from .rows import read_documents
-from .sampling import SamplingOptions
 from .tally import Tally
 
 ADAPTER_FILE = "adapter_config.json"
@@ -125,29 +122,26 @@ def measure(loaded: Loaded, tasks: Tasks, log: Callable[[str], None]) -> dict[st
         found["ceval_did_not_fit"] = dict(counts)
     if tasks.prompts:
         log("answers")
-        found["answers"] = [
-            answer_to(loaded, prompt, tasks.max_new_tokens) for prompt in tasks.prompts
-        ]
+        found["answers"] = answer_each(loaded, tasks.prompts, tasks.max_new_tokens)
         found["repetition"] = measure_repetition(found["answers"])
     return found
 
 
-def answer_to(loaded: Loaded, prompt: str, max_new_tokens: int) -> dict[str, Any]:
-    """Return the greedy answer to a question in the chat form, and whether the limit cut it."""
-    model, tokenizer = loaded.model, loaded.tokenizer
-    limit = prompt_limit(model.config.max_seq_len, max_new_tokens)
-    messages, _ = fit_messages(tokenizer, [{"role": "user", "content": prompt}], limit)
-    ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
-    options = SamplingOptions(temperature=0, max_new_tokens=max_new_tokens)
-    engine = Engine(model, tokenizer, max_batch=1)
-    answer = engine.submit(ids, options)
-    text = "".join(engine.stream(answer))
-    return {
-        "prompt": prompt,
-        "answer": text,
-        "tokens": len(answer.tokens),
-        "is_cut": answer.finish_reason == "length",
-    }
+def answer_each(
+    loaded: Loaded, prompts: Sequence[str], max_new_tokens: int
+) -> list[dict[str, Any]]:
+    """Return the greedy answers to questions in the chat form, and whether the limit cut them."""
+    asked = ([{"role": "user", "content": prompt}] for prompt in prompts)
+    answers = answer_greedily(loaded, asked, max_new_tokens)
+    return [
+        {
+            "prompt": prompt,
+            "answer": answer.text,
+            "tokens": len(answer.tokens),
+            "is_cut": answer.finish_reason == "length",
+        }
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def measure_repetition(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -350,6 +350,18 @@ def test_what_was_used_longest_ago_gives_way(model: MiniMindForCausalLM) -> None
     assert [cached(100), cached(200)] == [9, 0]  # 200 made room for 30
 
 
+def test_many_prompts_are_answered_in_their_order(
+    talker: MiniMindForCausalLM, tokenizer: Tokenizer
+) -> None:
+    engine = Engine(talker, tokenizer, max_batch=3, max_queue=2)
+    prompts = [[i, i + 1, 9] for i in range(20, 31)]
+    answers = engine.answer_all(prompts, GREEDY)
+    assert [answer.prompt_ids for answer in answers] == prompts
+    assert [token_ids(answer) for answer in answers] == [
+        ids_of(talker, GREEDY, prompt) for prompt in prompts
+    ]
+
+
 # ---- side by side ----
 
 

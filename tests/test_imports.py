@@ -66,9 +66,8 @@ ARROWS: dict[str, str] = {
     "repetition": "",
     "ceval": "evaluation records tally",
     "ceval_report": "ceval evaluation states",
-    "stages": "ceval ceval_report checkpoint evaluation generation prompts quiz repetition rows "
-    "sampling tally",
-    "quiz": "checkpoint generation prompts runtime sampling text_stream",
+    "stages": "ceval ceval_report checkpoint evaluation quiz repetition rows tally",
+    "quiz": "checkpoint generation prompts runtime sampling",
     "flags": "runtime",
     "terminal": "checkpoint flags generation sampling",
     # serving it
@@ -88,8 +87,8 @@ ARROWS: dict[str, str] = {
     "remote": "",
     "terminal_client": "chats remote",
     "page_labels": "",
-    "page_answers": "chats checkpoint engine_thread generation model_list prompts remote sampling",
-    "page_settings": "chats page_answers page_labels sampling",
+    "page_answers": "chats engine_thread generation model_list prompts remote sampling",
+    "page_settings": "chats page_answers remote",
     "page": "chats page_answers page_labels page_settings",
 }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.quiz import conversation, is_right, load_quiz, load_quizzes, run_quiz, score
+from model.quiz import conversation, is_right, load_quiz, load_quizzes, score
 
 ITEM = {
     "question": "氦的元素符号是什么？",
@@ -50,21 +50,15 @@ def test_any_accepted_text_will_do_and_patterns_mean_themselves() -> None:
     assert not is_right(item, "Berners-Lee Tim")
 
 
-def test_the_model_is_handed_the_history_and_the_score_is_grouped() -> None:
+def test_the_history_is_part_of_the_question_and_the_score_is_grouped() -> None:
     items = [
         ITEM,
         ITEM | {"history": [["氢呢？", "H。"]], "question": "那氦呢？"},
         ITEM | {"relation": "x"},
     ]
     assert [m["role"] for m in conversation(items[1])] == ["user", "assistant", "user"]
-    seen = []
-
-    def answer(messages: list[dict[str, str]]) -> str:
-        seen.append([message["content"] for message in messages])
-        return "He。" if len(messages) == 3 else "Ne。"
-
-    result = run_quiz(items, answer)
-    assert seen[1] == ["氢呢？", "H。", "那氦呢？"]
+    assert [m["content"] for m in conversation(items[1])] == ["氢呢？", "H。", "那氦呢？"]
+    result = score(items, ["Ne。", "He。", "Ne。"])
     assert str(result) == "quiz: 1/3"
     assert result.accuracy == pytest.approx(1 / 3)
     assert result.by_relation == {"symbol": (1, 2), "x": (0, 1)}

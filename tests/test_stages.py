@@ -14,7 +14,7 @@ from model.evaluation import Share, measure_text
 from model.LMConfig import LMConfig
 from model.lora import LoRAConfig, adapters, add_adapter, save_adapter
 from model.model import MiniMindForCausalLM
-from model.stages import Tasks, answer_to, changes, find_stages, measure, read_texts, stage_at
+from model.stages import Tasks, answer_each, changes, find_stages, measure, read_texts, stage_at
 from model.tally import Tally
 from model.tokenizer import Tokenizer
 
@@ -106,7 +106,7 @@ def test_texts_are_whole_documents_up_to_the_limit(files: dict[str, Path]) -> No
 
 def test_an_answer_is_the_likeliest_tokens(out_dir: Path) -> None:
     model, tokenizer = tiny(0), Tokenizer(out_dir / "tokenizer")
-    said = answer_to(Loaded(model, tokenizer, None), "the river?", 12)
+    (said,) = answer_each(Loaded(model, tokenizer, None), ["the river?"], 12)
     messages = [{"role": "user", "content": "the river?"}]
     prompt = torch.tensor([tokenizer.encode_chat(messages, add_generation_prompt=True)])
     whole = model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)

@@ -76,7 +76,8 @@ def forget_other_settings() -> None:
 def show_results() -> int:
     """Ask the quiz and hold a short chat with the weights just made."""
     from model.checkpoint import load_for_inference
-    from model.quiz import Message, answer_greedily, load_quiz, take_quiz
+    from model.prompts import Message
+    from model.quiz import MAX_ANSWER_TOKENS, answer_greedily, load_quiz, take_quiz
 
     parser = argparse.ArgumentParser()
     weights_flags(parser)
@@ -86,8 +87,9 @@ def show_results() -> int:
     messages: list[Message] = []
     for question in CHAT:
         messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer_greedily(loaded, messages)})
-        print(f"  问：{question}\n  答：{messages[-1]['content']}")
+        (answer,) = answer_greedily(loaded, [messages], MAX_ANSWER_TOKENS)
+        messages.append({"role": "assistant", "content": answer.text})
+        print(f"  问：{question}\n  答：{answer.text}")
     print("\nthe quiz: questions that were kept out of training, right / asked")
     for relation, (n_right, n_asked) in sorted(result.by_relation.items()):
         print(f"  {relation:<20} {n_right:>3}/{n_asked}")
