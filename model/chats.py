@@ -290,7 +290,15 @@ def _found(value: Any) -> str:
     return text if len(text) <= SHOWN_IN_ERRORS else text[: SHOWN_IN_ERRORS - 1] + "…"
 
 
-# ---- text that has not fully arrived ----
+# ---- Markdown ----
+
+
+def escape(text: str) -> str:
+    """Return ``text`` so that Markdown, streamlit's too, shows it as it is, line by line."""
+    return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>~$:&])", r"\\\1", text).replace("\n", "  \n")
+
+
+# of text that has not fully arrived
 
 # a fence may stand in lists and quotations, so behind their marks
 FENCE = re.compile(r"^((?:[ >]|[-*+] |\d+[.)] )*)(`{3,}|~{3,})(.*)$")

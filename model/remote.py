@@ -62,10 +62,10 @@ def without_oldest(messages: Sequence[Message]) -> list[Message] | None:
 
 def is_too_long(error: Exception) -> bool:
     """Say whether a server refused the messages because they do not fit its model's context."""
-    text = str(error).lower()
-    codes = ("context_length_exceeded", "exceed_context_size_error")  # OpenAI's, llama.cpp's
-    is_said = any(code in text for code in codes) or "maximum context length" in text
-    return getattr(error, "status_code", None) == 400 and is_said
+    codes = {"context_length_exceeded", "exceed_context_size_error"}  # OpenAI's, llama.cpp's type
+    is_coded = bool({getattr(error, "code", None), getattr(error, "type", None)} & codes)
+    is_said = "maximum context length" in str(error).lower()
+    return getattr(error, "status_code", None) == 400 and (is_coded or is_said)
 
 
 def explain(error: Exception, base_url: str) -> tuple[str, str]:

@@ -1,0 +1,97 @@
+"""The chat page: python fast_inference.py
+
+Opens on http://127.0.0.1:8501; the same by streamlit's own command, whose flags come before the --:
+streamlit run fast_inference.py -- --weights FILE --out_dir out
+
+It talks to the best weights below --out_dir, or to what --weights or --load_from names; others,
+with adapters and exported folders, are chosen on the page. --base_url connects it to an
+OpenAI-style server instead, such as my_openai_api.py.
+"""
+
+import argparse
+import os
+import sys
+
+from model.flags import non_negative, positive, run_main, weights_flags
+from model.terminal import sampling_flags
+
+
+def parse_args(argv: list[str] | None = None, *, in_page: bool = False) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if in_page:  # to be shown there, where nobody reads stderr
+        parser.error = raise_value_error
+    page = parser.add_argument_group("page")
+    page.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines too")
+    page.add_argument("--port", type=positive(int), help="default 8501, or the next free one")
+    page.add_argument("--base_url", metavar="URL", help="talk to this OpenAI-style server")
+    page.add_argument(
+        "--api_key", default=os.environ.get("OPENAI_API_KEY"), help="default: OPENAI_API_KEY"
+    )
+    page.add_argument(
+        "--history_cnt",
+        type=non_negative(int),
+        default=4,
+        help="messages remembered, questions and answers (default 4; 0: none)",
+    )
+    weights_flags(parser)
+    sampling_flags(parser, max_new_tokens=512, temperature=0.7, top_k=16)
+    args = parser.parse_args(argv)
+    if args.history_cnt % 2:
+        parser.error(f"--history_cnt {args.history_cnt} is odd: a turn is a question and an answer")
+    return args
+
+
+def raise_value_error(message: str) -> None:
+    raise ValueError(message)
+
+
+def is_page() -> bool:
+    """Say whether streamlit runs this file, not the user."""
+    if "streamlit" not in sys.modules:
+        return False
+    from streamlit.runtime.scriptrunner import get_script_run_ctx
+
+    return get_script_run_ctx(suppress_warning=True) is not None
+
+
+def show() -> None:
+    """Draw the page, once for each click."""
+    import streamlit as st
+
+    try:
+        args = parse_args(in_page=True)
+    except ValueError as error:
+        st.error(f"启动参数有误 / wrong flags: {error}")
+        st.stop()
+    from model.page import show_page
+
+    show_page(args)
+
+
+def main() -> None:
+    """Run this file as streamlit runs a page; does not return."""
+    args = parse_args()
+    from streamlit.web import cli
+
+    options = {
+        "server.address": args.host,
+        "browser.gatherUsageStats": "false",
+        "server.showEmailPrompt": "false",
+        "server.fileWatcherType": "none",
+        "client.toolbarMode": "viewer",
+        "theme.light.primaryColor": "#3b6fd4",
+        "theme.dark.primaryColor": "#7aa2f7",
+    }
+    if args.port:
+        options["server.port"] = str(args.port)
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    cli.main(["run", os.path.abspath(__file__), *flags, "--", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    if is_page():  # a statement: streamlit shows the value of a line that is an expression
+        show()
+    else:
+        run_main(main)
