@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
     output, written_in = Path(args.output), args.dtype
     args.dtype = "float32"  # loaded and merged in full precision; rounded once, when written
-    loaded = load_for_inference(args, purpose="chat")
+    loaded = load_for_inference(args, purpose="chat", packed=False)
     made = export(
         loaded,
         output,

@@ -27,6 +27,7 @@ from .lora import (
     save_adapter,
 )
 from .model import MiniMindForCausalLM
+from .packed import pack
 from .runtime import inference_dtype, pick_device
 from .states import atomic_write, load_tensors, save_tensors, write_json
 from .tokenizer import DEFAULT_TOKENIZER, Tokenizer
@@ -62,6 +63,7 @@ class Loaded:
         path: of the weights; None: random ones.
         adapter: folder of the adapter that was put on or merged, if any.
         base_digest: of the weights without an adapter, where one is trained on them.
+        n_params: the model's parameters as it was loaded.
     """
 
     model: MiniMindForCausalLM
@@ -69,6 +71,9 @@ class Loaded:
     path: Path | None
     adapter: Path | None = None
     base_digest: str | None = None
+
+    def __post_init__(self) -> None:
+        self.n_params = sum(parameter.numel() for parameter in self.model.parameters())
 
 
 def weights_path(
@@ -576,9 +581,14 @@ def find_weights(args: argparse.Namespace, purpose: str) -> Path:
     )
 
 
-def load_for_inference(args: argparse.Namespace, purpose: str = "chat") -> Loaded:
+def load_for_inference(
+    args: argparse.Namespace, purpose: str = "chat", *, packed: bool = True
+) -> Loaded:
     """Load what :func:`find_weights` finds, in eval mode, on the device and in the precision
     asked; the adapter that ``--lora`` names is merged into it.
+
+    Args:
+        packed: lay the weights out for speed, where the device allows; they cannot be read then.
     """
     loaded = load_model(find_weights(args, purpose), args)
     if args.lora:
@@ -586,4 +596,6 @@ def load_for_inference(args: argparse.Namespace, purpose: str = "chat") -> Loade
         merge_adapter(loaded.model)
     device = pick_device(args.device)
     loaded.model.to(device=device, dtype=inference_dtype(args.dtype, device)).eval()
+    if packed:
+        pack(loaded.model)
     return loaded

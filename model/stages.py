@@ -104,7 +104,7 @@ def read_texts(path: str | Path, max_bytes: int, tally: Tally) -> list[str]:
 def measure(loaded: Loaded, tasks: Tasks, log: Callable[[str], None]) -> dict[str, Any]:
     """Return a model's measures, as a JSON object."""
     model, tokenizer = loaded.model, loaded.tokenizer
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    found: dict[str, Any] = {"parameters": loaded.n_params}
     if tasks.texts:
         log("bits per byte")
         found["text"] = measure_text(model, tokenizer, tasks.texts).as_json()

@@ -53,10 +53,9 @@ def sampling_options(args: argparse.Namespace) -> "SamplingOptions":
 def introduce(loaded: "Loaded") -> None:
     """Print which file answers, and how."""
     model = loaded.model
-    n_params = sum(parameter.numel() for parameter in model.parameters())
     adapter = f" with the adapter {loaded.adapter}" if loaded.adapter else ""
     print(
-        f"weights: {loaded.path}{adapter} ({n_params / 1e6:.1f} M parameters, context "
+        f"weights: {loaded.path}{adapter} ({loaded.n_params / 1e6:.1f} M parameters, context "
         f"{model.config.max_seq_len} tokens, {model.device}, {model.dtype})\n".replace("torch.", "")
     )
 

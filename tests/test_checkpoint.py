@@ -168,7 +168,7 @@ def test_the_originals_folder_loads_and_its_code_does_not_run(
         (folder / name).write_text("raise SystemExit('the code was run')")
     args = flags(f"--load_from {folder} --dtype float32")
     args.tokenizer = None  # the folder has its own
-    loaded = load_for_inference(args)
+    loaded = load_for_inference(args, packed=False)
     assert same(loaded.model, model) and not loaded.model.training
     assert loaded.tokenizer.folder == folder
     assert loaded.path == folder / "pytorch_model.bin"
