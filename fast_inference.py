@@ -81,6 +81,7 @@ def main() -> None:
         "server.showEmailPrompt": "false",
         "server.fileWatcherType": "none",
         "client.toolbarMode": "viewer",
+        "runner.fastReruns": "false",  # true stops an answer at any click, see model/page.py
         "theme.light.primaryColor": "#3b6fd4",
         "theme.dark.primaryColor": "#7aa2f7",
     }

@@ -348,7 +348,8 @@ def _icon(key: str, icon: str, help_text: str, on_click: Any, *args: Any) -> Non
 def _watch(body: Any, facts: Any, reply: Reply, labels: Labels) -> None:
     """Show an answer until it is done; streamlit's stop, also for a closed tab, cancels it.
 
-    Any other click ends this function too, but the next run takes the answer up again.
+    Any other click ends this function too, but the next run takes the answer up again: a rerun is
+    another exception than a stop, unless streamlit runs with its usual runner.fastReruns.
     """
     try:
         while not reply.is_done:
