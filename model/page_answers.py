@@ -59,7 +59,7 @@ class LocalModel:
         self.tokenizer = loaded.tokenizer
         model = loaded.model
         self.facts = {
-            "n_params": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+            "n_params": loaded.n_params / 1e6,
             "context": model.config.max_seq_len,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
