@@ -276,6 +276,31 @@ def test_the_end_of_input_ends_it(server: TinyServer, terminal: Terminal) -> Non
     assert terminal.end() == 0
 
 
+# ---- our server ----
+
+
+def test_a_conversation_with_our_server(tmp_path: Path) -> None:
+    from tiny_chat import serving, wait_until_idle, write_chat_weights
+
+    write_chat_weights(tmp_path / "demo" / "rl_32.pth", max_seq_len=20_000)
+    flags = ("--out_dir", tmp_path, "--device", "cpu", "--dtype", "float32")
+    with serving("my_openai_api.py", "/health", tmp_path / "log", *flags) as url:
+        sampling = "--temperature 0 --max_new_tokens 9".split()
+        code, out, errors = talk(f"{url}/v1", "你好\n/retry\n", *sampling)
+        assert (code, errors) == (0, [])
+        first, second = re.findall(r"MiniMind: (.*?)\n\[prompt", out, re.DOTALL)
+        assert first == second != "" and out.count("answer 9 tokens") == 2
+        terminal = Terminal(f"{url}/v1")
+        terminal.expect("用户: ")
+        terminal.type("你好\n")
+        terminal.expect("MiniMind: ")
+        terminal.type("\x03")
+        terminal.expect("已停止")
+        wait_until_idle(url)
+        terminal.type("exit\n")
+        assert terminal.end() == 0
+
+
 # ---- pieces ----
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_chat import write_chat_weights
+from tiny_chat import serving, wait_until_idle, write_chat_weights
 from tiny_runs import free_port
 from tiny_server import TinyServer, chunk, error, hangs, says, sends, talks_on, tiny_server
 
@@ -239,6 +239,38 @@ def test_the_models_of_a_server(server: TinyServer) -> None:
     assert list_remote(server.url, "") == (["a", "b"], "", "")
     assert list_remote("localhost:8000", "")[1] == "other"
     assert list_remote(server.url, "密钥")[1] == "other"
+
+
+@pytest.mark.slow  # starts our server, which imports torch
+def test_our_server_says_what_the_engine_says(
+    weights: Path, local: LocalModel, tmp_path: Path
+) -> None:
+    out = weights.parents[1]
+    flags = ("--out_dir", out, "--device", "cpu", "--dtype", "float32", "--api_key", "sk-1")
+    flags += ("--top_k", 3, "--repetition_penalty", 2)  # which "off" must override
+    with serving("my_openai_api.py", "/health", tmp_path / "log", *flags) as url:
+        assert list_remote(f"{url}/v1", "sk-1") == (["rl_32"], "", "")
+        server = Server(f"{url}/v1", "sk-1", "rl_32")
+        off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 4}
+        for sampling in (off, {**off, "temperature": 1.0}):
+            here, there = ask(local, **sampling), ask(server, **sampling)
+            assert there.text == here.text and there.finish_reason == here.finish_reason
+            assert (there.n_tokens, there.n_prompt) == (here.n_tokens, here.n_prompt)
+        chat = Chat(system="你是助手")
+        for i in range(30):
+            chat.ask(f"第{i}个问题是什么？").text = "这是回答。"
+        chat.ask("最后")
+        reply = ask(server, chat.messages(100))
+        assert reply.text and reply.n_left_out > 0 and reply.n_left_out % 2 == 0
+        assert ask(Server(f"{url}/v1", "no", "rl_32")).error_kind == "auth"
+        long = [{"role": "user", "content": "很长的问题" * 200}]
+        assert ask(server, long).error_kind == "too_long"
+        reply = Reply()
+        server.start(HELLO, {**GREEDY, "max_new_tokens": 200}, reply)
+        wait(lambda: reply.text)
+        reply.job.cancel()
+        wait(lambda: reply.is_done)
+        wait_until_idle(url)
 
 
 def test_an_error_of_a_server_is_one_short_line() -> None:

@@ -1,6 +1,7 @@
 """Tiny models to chat with, and the servers that they answer in."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -67,9 +68,22 @@ def serving(script: str, health: str, log: Path, *flags: object) -> Iterator[str
 
 def answers(url: str) -> bool:
     """Say whether a server answers with 200."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=10) as response:
-            return response.status == 200
+        get(url)
+        return True
     except (urllib.error.URLError, OSError):
         return False
+
+
+def get(url: str) -> bytes:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=10) as response:
+        return response.read()
+
+
+def wait_until_idle(url: str) -> None:
+    """Return when our API server makes no answer any more."""
+    deadline = time.monotonic() + 60
+    while (state := json.loads(get(f"{url}/health")))["active"] + state["queued"]:
+        assert time.monotonic() < deadline, f"{url} goes on: {state}"
+        time.sleep(0.02)
