@@ -91,11 +91,11 @@ def queue_full(reason: str) -> ApiError:
     )
 
 
-def unavailable(state: str) -> ApiError:
+def unavailable(state: str, message: str | None = None) -> ApiError:
     """Return the error of a server that is loading, draining or failed."""
     return ApiError(
         503,
-        f"the server is {state}: see /health",
+        message or f"the server is {state} and takes no requests: see /health",
         type="unavailable_error",
         code=state,
         headers={"Retry-After": RETRY_S},

@@ -303,9 +303,8 @@ def add_routes(app: FastAPI, api: Api) -> None:
     async def model(name: str) -> Response:
         return api.one_model(name)
 
-    @app.api_route(
-        "/health", methods=["GET", "HEAD"], response_class=Json, summary="503: not ready"
-    )
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health", response_class=Json, summary="200: ready; 503: not")
     async def health() -> Response:
         return api.health()
 

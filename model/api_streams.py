@@ -34,7 +34,9 @@ def failure(reply: Reply, piece: Piece) -> ApiError | None:
         if not isinstance(piece.error, ValueError):
             LOG.error("an answer failed", exc_info=piece.error)
         return of_the_engine(piece.error)
-    return unavailable("draining") if piece.finish_reason == "cancelled" else None
+    if piece.finish_reason == "cancelled":
+        return unavailable("draining", "the server is being stopped and cancelled the answer")
+    return None
 
 
 class EventStream(Response):
