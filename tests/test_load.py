@@ -67,9 +67,9 @@ def wishes(server: Running, n: int) -> list[Wish]:
     source = random.Random(0)
     found = []
     for number in range(n):
-        question = f"第{number}{source.choice(PLACES)}有多{source.choice('高长深大')}？" * (
-            1 + number % 5
-        )
+        question = f"第{number}{source.choice(PLACES)}有多{source.choice('高长深大')}？"
+        # the longest takes the engine several steps
+        question *= source.choice([1, 2, 5, 25])
         body: dict[str, Any] = {
             "messages": [{"role": "user", "content": question}],
             "max_tokens": source.choice([1, 8, 24, 60, 120]),
