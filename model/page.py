@@ -35,7 +35,6 @@ USER, ASSISTANT = ":material/person:", ":material/smart_toy:"
 STYLE = """<style>
 [data-testid="stAppDeployButton"] {display: none}
 .block-container, [data-testid="stMainBlockContainer"] {padding-top: 3.5rem}
-[data-testid="stText"] {white-space: pre-wrap; overflow-wrap: anywhere}
 [data-testid="stChatMessage"] {overflow-wrap: anywhere}
 .st-key-chat_list button, .st-key-chat_list button > div {justify-content: flex-start}
 .st-key-chat_list button > div, .st-key-chat_list button > div * {min-width: 0}

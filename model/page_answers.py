@@ -6,6 +6,7 @@ page meanwhile; the page looks at it as often as it likes, and cancels.
 
 import argparse
 import asyncio
+import atexit
 import threading
 import time
 from collections.abc import Sequence
@@ -68,12 +69,15 @@ class LocalModel:
         # the replies are filled as the pieces come, so nobody needs to collect them
         self.thread = EngineThread(engine, deliver=lambda pieces: None)
         self.thread.start()
+        # a thread that computes while the program ends would abort it
+        atexit.register(self.close)
 
     @property
     def is_alive(self) -> bool:
         return self.thread.is_alive
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self.thread.close()
 
     def start(self, messages: Sequence[Message], sampling: dict[str, Any], reply: Reply) -> None:

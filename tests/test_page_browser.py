@@ -134,7 +134,7 @@ def test_answering_again_has_a_stop_and_keeps_versions(tab: Any) -> None:
     second = grown(tab, 30)[:20]
     # another click meanwhile does not break the answer off
     tab.get_by_text("EN", exact=True).click()
-    stop_button = tab.get_by_role("button", name=EN["stop_answer"], exact=False).last
+    stop_button = tab.locator("[class*=st-key-stop_]").get_by_role("button", name=EN["stop_answer"])
     expect(stop_button).to_be_visible()
     grown(tab, len(answer(tab).inner_text()) + 30)
     stop_button.click()
