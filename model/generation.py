@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .sampling import FinishReason, Sampler, SamplingOptions, Token, choose_tokens
 from .slot_cache import PromptView, SlotCache, StepView
 from .text_stream import TextStream
+from .threads import ThreadTuner
 
 
 class QueueFull(RuntimeError):
@@ -173,6 +175,8 @@ class Engine:
         max_queue: requests that may wait.
         prefill_chunk: tokens of prompts in a step.
         capacity: tokens of prompt and answer together, if fewer than the context.
+        tune_threads: on a CPU, find out how many threads are fastest; not if ``deterministic``,
+            since even their number may show in a last bit.
 
     Raises:
         ValueError: a model in training mode, or sizes below 1.
@@ -188,6 +192,7 @@ class Engine:
         prefill_chunk: int = 128,
         deterministic: bool = False,
         capacity: int | None = None,
+        tune_threads: bool = True,
     ) -> None:
         if model.training:
             raise ValueError("the model is in training mode, so dropout would answer: call eval()")
@@ -203,6 +208,8 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.deterministic = deterministic
         self.counters = EngineCounters()
+        tune_threads = tune_threads and not deterministic and self._device.type == "cpu"
+        self._threads = ThreadTuner() if tune_threads else None
         self._lock = threading.Lock()  # of the queue
         self._queue: deque[Answer] = deque()
         self._decoding: list[Answer] = []  # the index is the slot
@@ -434,14 +441,15 @@ class Engine:
         mask: Tensor | None = None,
     ) -> Tensor:
         """Append ``ids`` to what the view shows; return the logits (n, V) after each row's last."""
-        out = self.model(
-            torch.tensor(ids, device=self._device),
-            position_ids=position_ids,
-            attention_mask=mask,
-            past_key_values=view,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self._threads.step(len(ids) * len(ids[0])) if self._threads else nullcontext():
+            out = self.model(
+                torch.tensor(ids, device=self._device),
+                position_ids=position_ids,
+                attention_mask=mask,
+                past_key_values=view,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         return out.logits[:, -1]
 
     def _sample(
@@ -560,7 +568,8 @@ def generate(
             later.
     """
     n_new = options.max_new_tokens or model.config.max_seq_len
-    engine = Engine(model, None, max_batch=1, capacity=len(prompt_ids) + n_new)
+    capacity = len(prompt_ids) + n_new
+    engine = Engine(model, None, max_batch=1, capacity=capacity, tune_threads=False)
     answer = engine.submit(prompt_ids, options)
 
     def tokens() -> Iterator[Token]:
