@@ -46,8 +46,8 @@ STYLE = """<style>
 /* streamlit's own stop ends the script, which then cannot say so: these two do */
 .stApp:not([data-test-script-state="running"]) .st-key-when_running {display: none}
 .stApp[data-test-script-state="running"] .st-key-when_stopped {display: none}
-.stApp[data-test-script-state="running"] .st-key-answer_under_way
-  [data-testid="stMarkdownContainer"] > :last-child:not(pre):after
+.stApp[data-test-script-state="running"] [data-testid="stChatMessage"]:has(.st-key-when_running)
+  .st-key-answer_under_way [data-testid="stMarkdownContainer"] > :last-child:not(pre):after
   {content: "▍"; opacity: .6; margin-left: .1em}
 </style>"""
 

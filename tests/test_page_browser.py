@@ -107,9 +107,13 @@ def test_an_answer_grows_and_stopping_keeps_its_part(tab: Any) -> None:
     ask(tab, "你好")
     expect(tab.get_by_text(ZH["generating"])).to_be_visible()
     early = grown(tab, 30)
+    cursor = answer(tab).locator("> :last-child")
+    content = "e => getComputedStyle(e, ':after').content"
+    assert cursor.evaluate(content) == '"▍"'
     later = grown(tab, len(early) + 30)
     assert later.startswith(early[:20]), "it is one answer that grows"
     stop(tab)
+    assert cursor.evaluate(content) == "none"
     kept = answer(tab).inner_text()
     assert kept.startswith(early[:20])
     expect(tab.get_by_text(ZH["stopped"])).to_be_visible()
