@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -12,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import uvicorn
 
 from .api_server import create_app
@@ -76,6 +76,11 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
+def is_loopback(listening: socket.socket) -> bool:
+    """Whether only this machine can reach a socket."""
+    return ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
+
+
 def allow_connections() -> None:
     """Let this process have as many open connections as the system permits."""
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -100,11 +105,6 @@ def open_all(
     choices: list[ModelChoice], args: argparse.Namespace, loop: asyncio.AbstractEventLoop
 ) -> list[Served]:
     """Load the models and give each an engine."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        # a core for the event loop: torch's threads wait for one another, busily, after each
-        # operation, so that one which is interrupted holds up all (455 -> 285 tokens/s on two
-        # cores, where one thread gives more than two)
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     found = []
     for choice in choices:
         loaded = open_model(choice, args)
@@ -175,6 +175,8 @@ async def run(
                 host = f"[{host}]" if ":" in host else host
                 names = ", ".join(service.models)
                 print(f"serving {names} at http://{host}:{port}/v1 (Ctrl-C stops)", flush=True)
+                if args.api_key is None and not is_loopback(listening):
+                    LOG.warning("without --api_key everyone who reaches this port can use it")
                 await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
                 if waiting.done():
                     print(

@@ -268,6 +268,7 @@ def create_app(
         allow_origins=list(allowed_origins),
         allow_methods=["*"],
         allow_headers=["*"],
+        allow_private_network=True,  # who may call is for allowed_origins to say
         expose_headers=["Retry-After"],
         max_age=600,
     )

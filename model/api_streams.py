@@ -70,6 +70,8 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                 data = await self._next()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            LOG.warning("gave up a client that does not read, as the server is being stopped")
         finally:
             watcher.cancel()
             reply.abandon()

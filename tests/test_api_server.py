@@ -317,6 +317,8 @@ def test_a_prompt_that_is_too_long(server: Running, stream: bool, n_letters: int
         assert error["code"] == "context_length_exceeded"
         assert f"maximum context length is {CONTEXT} tokens" in error["message"]
         assert (error["n_ctx"], error["n_prompt_tokens"] >= CONTEXT) == (CONTEXT, True)
+        is_counted = n_letters == CONTEXT or isinstance(prompt.get("prompt"), list)
+        assert is_counted == ("at least" not in error["message"])
 
 
 def test_a_prompt_of_just_the_right_length(server: Running) -> None:
