@@ -33,16 +33,18 @@ Answers = list[list[dict[str, float]]]
 
 
 class Engine:
-    """The bare engine in its process."""
+    """The bare engine in its process; ``n_threads`` None: as torch likes it."""
 
-    def __init__(self, weights: str, n_slots: int, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self, weights: str, n_slots: int, stack: contextlib.ExitStack, n_threads: int | None = None
+    ) -> None:
         flags = ["--weights", weights, "--max_batch", str(n_slots), *PLACE]
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "engine_client.py"), *flags],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(),
+            env=environment(n_threads),
         )
         stack.callback(end, self._process)
         if self._process.stdout.readline().strip() != "ready":
@@ -83,13 +85,14 @@ class Server:
         stack: contextlib.ExitStack,
         port: int | None = None,
         adapt: Callable[[Body], Body] = lambda body: body,
+        n_threads: int | None = None,
     ) -> None:
         self.name, self.limit_s, self.client_share = name, 600.0, 0.0
         self._adapt = adapt
         self.log = folder / f"{name}.log"
         with open(self.log, "w") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment()
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment(n_threads)
             )
         stack.callback(end, self._process)
         self.port = port or 0
@@ -135,9 +138,10 @@ class Server:
         return found["answers"]
 
 
-def environment() -> dict[str, str]:
-    """Return this process's environment, with all cores for everyone and no network."""
+def environment(n_threads: int | None = None) -> dict[str, str]:
+    """Return this process's environment, without the network."""
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    env |= {"OMP_NUM_THREADS": str(n_threads)} if n_threads else {}
     return env | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
@@ -168,7 +172,11 @@ def export(weights: str, folder: Path) -> Path:
 
 
 def transformers_serve(
-    export: Path, folder: Path, stack: contextlib.ExitStack, *flags: str
+    export: Path,
+    folder: Path,
+    stack: contextlib.ExitStack,
+    *flags: str,
+    n_threads: int | None = None,
 ) -> Server:
     """Start the peer on an export, and nothing else."""
     port = free_port()
@@ -181,8 +189,8 @@ def transformers_serve(
         kept = {name: body[name] for name in ("messages", "max_tokens", "stream")}
         return {"model": str(export), "generation_config": json.dumps(SAMPLING | drawn), **kept}
 
-    name = "_".join(["transformers", *(flag.strip("-") for flag in flags)])
-    return Server(name, command, folder, stack, port, adapt)
+    name = "_".join(["transformers", str(n_threads), *(flag.strip("-") for flag in flags)])
+    return Server(name, command, folder, stack, port, adapt, n_threads)
 
 
 def free_port() -> int:
