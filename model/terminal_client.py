@@ -163,8 +163,8 @@ class TerminalClient:
                 delta = read_chunk(chunk)
                 now = time.perf_counter()
                 if delta.text:
+                    reply.text += delta.text  # first: what a user sees when pressing Ctrl-C is kept
                     print(delta.text, end="", flush=True)
-                    reply.text += delta.text
                     if reply.first_token_s is None:
                         reply.first_token_s = now - start
                 reply.finish_reason = delta.finish_reason or reply.finish_reason

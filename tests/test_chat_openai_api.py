@@ -1,5 +1,6 @@
 """The terminal client as a user starts it: through pipes, and on a terminal of its own."""
 
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from tiny_server import TinyServer, chunk, error, hangs, says, sends, talks_on, 
 
 from model.chats import from_json
 from model.remote import request_fields, without_oldest
+from model.terminal_client import read_lines
 
 ROOT = Path(__file__).parents[1]
 TOO_LONG = error(400, "maximum context length is 9 tokens", "context_length_exceeded")
@@ -262,11 +264,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
     terminal.expect("later")
     q1, partial, q3 = sent(server)[2]
     assert (q1, q3) == ("q1", "q3") and partial.startswith("begin"), "the partial answer is kept"
-    terminal.expect("用户: ")
-    terminal.type("\x03")
-    terminal.expect("再按一次")
-    terminal.expect("用户: ")
-    terminal.type("\x03")
+    terminal.type("exit\n")
     assert terminal.end() == 0
 
 
@@ -274,6 +272,21 @@ def test_the_end_of_input_ends_it(server: TinyServer, terminal: Terminal) -> Non
     terminal.expect("用户: ")
     terminal.type("\x04")
     assert terminal.end() == 0
+
+
+def test_at_the_prompt_one_ctrl_c_is_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
+    # not on a terminal: readline itself loses a signal that comes while it prints the prompt
+    typed = iter([KeyboardInterrupt, " one ", KeyboardInterrupt, KeyboardInterrupt, "never"])
+
+    def give(prompt: str) -> str:
+        line = next(typed)
+        if line is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr("builtins.input", give)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    assert list(read_lines("> ")) == ["one"]
 
 
 # ---- our server ----
