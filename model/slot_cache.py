@@ -4,6 +4,10 @@ A token costs no copy of the past, and a request that joins or leaves moves nobo
 other. A model writes and reads through a view, as if it were a cache of ``transformers``.
 """
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +29,7 @@ class SlotCache:
         """Return keys and values of all slots; ``k`` and ``v`` (…, K, T, Dh) show their shape."""
         if layer_id not in self._layers:
             shape = self.n_slots, k.shape[1], self.capacity, k.shape[3]
-            # zeros, not whatever lay there: a masked place may not be NaN
-            self._layers[layer_id] = k.new_zeros(shape), v.new_zeros(shape)
+            self._layers[layer_id] = lazy_zeros(shape, k), lazy_zeros(shape, v)
         return self._layers[layer_id]
 
     @torch.inference_mode()
@@ -49,6 +52,16 @@ class SlotCache:
                 tensor[one, :, :longest] = tensor[other, :, :longest]
                 tensor[other, :, :longest] = kept
         self.ids[one], self.ids[other] = self.ids[other], self.ids[one]
+
+
+def lazy_zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Return zeros (a masked place may not be NaN); on a CPU without writing them: what comes from
+    ``calloc`` is zero, and takes memory only where it is written.
+    """
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    n_bytes = math.prod(shape) * like.element_size()
+    return torch.from_numpy(np.zeros(n_bytes, np.uint8)).view(like.dtype).view(*shape)
 
 
 class PromptView:

@@ -2,9 +2,11 @@
 
 import itertools
 import math
+import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -468,6 +470,19 @@ def test_a_reader_that_breaks_off_frees_the_slot(
     reader.close()
     assert answer.finish_reason == "cancelled" and answer.text.startswith(first)
     assert not engine.has_work
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc (Linux)")
+def test_a_slot_takes_memory_only_as_it_is_filled() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    model = tiny_model(max_seq_len=100_000)
+    engine = Engine(model, None, max_batch=16)
+    before = resident()
+    engine.answer_all([PROMPT] * 3, GREEDY)
+    reserved = sum(t.nbytes for pair in engine._cache._layers.values() for t in pair)
+    assert reserved > 800e6 and resident() - before < 0.1 * reserved
 
 
 # ---- accidents ----
