@@ -204,7 +204,8 @@ class Bench:
         for name, peer in self.peers.items():
             steps.append(partial(self.speed, name, peer, CLIENTS, n_requests=1))
         if "idle" in self.args.only:
-            steps += [partial(self.one_stream, "alone"), self.beside_idle]
+            alone = partial(self.one_stream, "alone")
+            steps += [alone, self.beside_idle, self.beside_idle, alone]
         for step in steps if number % 2 == 0 else steps[::-1]:
             step()
 
