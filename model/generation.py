@@ -20,6 +20,8 @@ from .slot_cache import PromptView, SlotCache, StepView
 from .text_stream import TextStream
 from .threads import ThreadTuner
 
+WIDTH = 16  # tokens; widths of prompts are multiples of it
+
 
 class QueueFull(RuntimeError):
     """So many requests wait that another one is refused; it may come again later."""
@@ -399,7 +401,7 @@ class Engine:
             # in shapes of its own, an answer may not have what others leave of the budget
             n_most = self.prefill_chunk if self.deterministic else budget
             chunk = answer.prompt_ids[start : start + n_most]
-            logits = self._forward([chunk], PromptView(self._cache, slot))
+            logits = self._forward([self._padded(chunk, start)], slot, n_last=len(chunk) - 1)
             self._cache.ids[slot] += chunk
             self._last_used[slot] = self.counters.n_steps
             budget -= len(chunk)
@@ -407,6 +409,16 @@ class Engine:
                 self._prefilling = None
                 self._decoding.append(answer)
                 self._sample([answer], logits, pieces)
+
+    def _padded(self, chunk: list[int], start: int) -> list[int]:
+        """Return a chunk that begins at ``start``, filled up to one of a few widths.
+
+        Kernels are compiled for each width, 3 ms and 3 MB every time. What fills up comes after
+        the chunk, so nothing of it sees that, and the next tokens replace it in the cache.
+        """
+        width = min(WIDTH, self.prefill_chunk)
+        room = self._cache.capacity - start - len(chunk)
+        return chunk + [0] * min(-len(chunk) % width, room)
 
     def _decode(self, pieces: list[tuple[Answer, Piece]]) -> None:
         """Compute the next token of every request that has one already."""
@@ -416,9 +428,8 @@ class Engine:
         answers = list(self._decoding)
         if not answers:
             return
-        view = StepView(self._cache, len(answers), self._device)
         last = [[answer.tokens[-1].id] for answer in answers]
-        logits = self._forward(last, view, view.positions[:, None], view.mask())
+        logits = self._forward(last)
         for slot, ids in enumerate(last):
             self._cache.ids[slot] += ids
             self._last_used[slot] = self.counters.n_steps
@@ -428,29 +439,31 @@ class Engine:
         for answer in list(self._decoding):
             slot = self._decoding.index(answer)  # others may have left, and this one moved
             last = [answer.tokens[-1].id]
-            logits = self._forward([last], PromptView(self._cache, slot))
+            logits = self._forward([last], slot)
             self._cache.ids[slot] += last
             self._sample([answer], logits, pieces)
 
     @torch.inference_mode()
-    def _forward(
-        self,
-        ids: list[list[int]],
-        view: PromptView | StepView,
-        position_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Append ``ids`` to what the view shows; return the logits (n, V) after each row's last."""
+    def _forward(self, ids: list[list[int]], slot: int | None = None, n_last: int = 0) -> Tensor:
+        """Append ``ids`` (n, T) to the slots; return the logits (n, V) after column ``n_last``.
+
+        Args:
+            slot: of the only row; None: a token each for the first slots.
+        """
+        if slot is None:
+            view = StepView(self._cache, len(ids), self._device)
+            places = {"position_ids": view.positions[:, None], "attention_mask": view.mask()}
+        else:
+            view, places = PromptView(self._cache, slot), {}
         with self._threads.step(len(ids) * len(ids[0])) if self._threads else nullcontext():
             out = self.model(
                 torch.tensor(ids, device=self._device),
-                position_ids=position_ids,
-                attention_mask=mask,
                 past_key_values=view,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=torch.tensor([n_last], device=self._device),
+                **places,
             )
-        return out.logits[:, -1]
+        return out.logits[:, 0]
 
     def _sample(
         self, answers: list[Answer], logits: Tensor, pieces: list[tuple[Answer, Piece]]
