@@ -1,5 +1,6 @@
 """An engine in a thread of its own: requests come from other threads, pieces go back to them."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -55,8 +56,13 @@ class EngineThread:
         prompt_ids: Sequence[int],
         options: SamplingOptions,
         on_piece: Callable[[Answer, Piece], None] | None = None,
+        *,
+        continues: bool = False,
     ) -> Answer:
         """Queue a request, see :meth:`Engine.submit`.
+
+        Args:
+            continues: it belongs to what is under way, so it may come while others may not.
 
         Raises:
             ValueError: as there.
@@ -65,7 +71,7 @@ class EngineThread:
         with self._changed:
             if self.error is not None:
                 raise QueueFull(f"the engine has failed: {self.error}")
-            if self._draining or self._closing:
+            if self._closing or (self._draining and not continues):
                 raise QueueFull("the engine is being stopped: no new requests")
             if on_piece is None and self._deliver is None:
                 inbox = Inbox()
@@ -142,9 +148,10 @@ class EngineThread:
                     return
                 self._step()
         except BaseException as error:
-            self.error = error
-            self._deliver = None
-            self._end_all()
+            with self._changed:
+                self.error = error  # from here on nothing new comes in
+            with contextlib.suppress(Exception):  # the one above is told
+                self._end_all()
             raise
 
     def _end_all(self) -> None:

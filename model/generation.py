@@ -127,8 +127,8 @@ class Answer:
         return Piece(text, token, reason)
 
     def end(self, reason: FinishReason | None = None, error: Exception | None = None) -> Piece:
-        """End without another token; what was held back comes out."""
-        rest = self._stream.finish() if self._stream is not None else ""
+        """End without another token; what was held back comes out, but after an error."""
+        rest = self._stream.finish() if self._stream is not None and error is None else ""
         self.text += rest
         self.finish_reason, self.error = reason, error
         return Piece(rest, None, reason, error)
@@ -265,10 +265,10 @@ class Engine:
             on_piece,
         )
         with self._lock:
-            if len(self._queue) >= self.max_queue:
+            n_waiting = len(self._queue) - (self.max_batch - self.n_active)
+            if n_waiting >= self.max_queue:
                 raise QueueFull(
-                    f"{len(self._queue)} requests wait already, {self.max_queue} may: try again "
-                    "later"
+                    f"{n_waiting} requests wait already, {self.max_queue} may: try again later"
                 )
             self._queue.append(answer)
             self.counters.n_requests += 1
@@ -341,7 +341,7 @@ class Engine:
         """
         answers = []
         for prompt_ids in prompts:
-            while self.n_queued == self.max_queue:
+            while self.n_queued >= self.max_queue:
                 self.step()
             answers.append(self.submit(prompt_ids, options))
         while self.has_work:
@@ -393,7 +393,7 @@ class Engine:
         """Compute up to a chunk of prompts; a request whose prompt is done has its first token."""
         budget = self.prefill_chunk
         while budget > 0:
-            answer = self._prefilling = self._prefilling or self._next_in_queue()
+            answer = self._prefilling or self._next_in_queue()
             if answer is None:
                 return
             slot = len(self._decoding)
@@ -406,8 +406,8 @@ class Engine:
             self._last_used[slot] = self.counters.n_steps
             budget -= len(chunk)
             if start + len(chunk) == len(answer.prompt_ids):
-                self._prefilling = None
                 self._decoding.append(answer)
+                self._prefilling = None
                 self._sample([answer], logits, pieces)
 
     def _padded(self, chunk: list[int], start: int) -> list[int]:
@@ -478,8 +478,11 @@ class Engine:
                     token = replace(token, finish_reason="stop")
                 elif len(answer.tokens) + 1 == answer._n_most:
                     token = replace(token, finish_reason="length")
-                piece = answer.take(token)
                 self.counters.n_new_tokens += 1
+                try:
+                    piece = answer.take(token)
+                except Exception as error:  # of its text: the others' is right
+                    piece = answer.end(error=error)
             if piece.is_last:
                 self._free(answer)
                 self._end(answer, piece, pieces)
@@ -507,40 +510,43 @@ class Engine:
         """Return the next request that waits, in the slot after those being decoded, with as much
         of its prompt as any slot holds already.
         """
-        slot = len(self._decoding)
-        if slot == self.max_batch:
+        if len(self._decoding) == self.max_batch:
             return None
-        with self._lock:
+        with self._lock:  # at every moment it is in one of the two places
             if not self._queue:
                 return None
-            answer = self._queue.popleft()
+            answer = self._prefilling = self._queue.popleft()
         answer.started_at = time.perf_counter()
+        answer.n_cached = 0 if self.deterministic else self._reuse(answer.prompt_ids)
+        slot = len(self._decoding)
+        self._cache.ids[slot] = self._cache.ids[slot][: answer.n_cached]
         self.counters.n_prompt_tokens += len(answer.prompt_ids)
-        free = range(slot, self.max_batch)
-        oldest = min(free, key=lambda i: (len(self._cache.ids[i]) > 0, self._last_used[i]))
-        source, n_known = self._longest_prefix(answer.prompt_ids)
-        if n_known == 0:
-            self._swap(oldest, slot)
-        elif source in free:
-            self._swap(source, slot)
-        else:  # of a request under way: its slot goes on, a copy serves this one
-            self._swap(oldest, slot)
-            self._cache.copy(source, slot, n_known)
-        self._cache.ids[slot] = self._cache.ids[slot][:n_known]
-        answer.n_cached = n_known
-        self.counters.n_cached_tokens += n_known
+        self.counters.n_cached_tokens += answer.n_cached
         return answer
 
-    def _longest_prefix(self, prompt_ids: list[int]) -> tuple[int, int]:
-        """Return the slot that begins most like a prompt and how many tokens they share.
+    def _reuse(self, prompt_ids: list[int]) -> int:
+        """Let the slot after those being decoded begin like a prompt; return for how many tokens.
 
         The prompt's last token is always computed: its logits are what is wanted.
         """
-        if self.deterministic:
-            return 0, 0
-        known = [n_common(ids, prompt_ids[:-1]) for ids in self._cache.ids]
-        best = max(range(self.max_batch), key=lambda i: (known[i], i))  # a free one, if as good
-        return best, known[best]
+        slot, ids = len(self._decoding), self._cache.ids
+        known = [n_common(held, prompt_ids[:-1]) for held in ids]
+        # where as good, a free slot, and the one that holds least beyond it
+        source = max(
+            range(self.max_batch), key=lambda i: (known[i], i >= slot, known[i] - len(ids[i]))
+        )
+        n_known = known[source]
+        others = [i for i in range(slot, self.max_batch) if i != source or n_known == 0]
+        is_next_turn = n_known > 0 and 4 * n_known >= 3 * len(ids[source])
+        if source >= slot and (is_next_turn or not others):
+            self._swap(source, slot)
+            return n_known
+        # its holder is at work, or holds much else that is wanted again: a copy serves this one
+        oldest = min(others, key=lambda i: (len(ids[i]) > 0, self._last_used[i]))
+        self._swap(oldest, slot)
+        if n_known:
+            self._cache.copy(oldest if source == slot else source, slot, n_known)
+        return n_known
 
     def _free(self, answer: Answer) -> None:
         """Take an answer out of its slot and close the gap with the last one."""

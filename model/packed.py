@@ -6,6 +6,7 @@ on many tokens too (benchmarks/LOG.md has the figures). What changes is the orde
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,12 @@ class PackedLinear(nn.Module):
         weight = linear.weight.detach()
         # no parameter and no buffer: nothing but this layer can read it
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_TOKENS)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "this model's weights are packed to answer and cannot be read or saved: load it with "
+            "packed=False"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")

@@ -15,6 +15,7 @@ from model.checkpoint import load_for_inference, save_weights
 from model.flags import weights_flags
 from model.model import MiniMindForCausalLM
 from model.packed import PackedLinear, can_pack, pack
+from model.tokenizer import Tokenizer
 
 Build = Callable[..., MiniMindForCausalLM]
 needs_kernels = pytest.mark.skipif(not can_pack(torch.float32), reason="torch without oneDNN")
@@ -66,6 +67,15 @@ def test_the_usual_weights_are_let_go(build: Build) -> None:
     assert wq() is None and model.tok_embeddings.weight.numel() == 100 * 64
 
 
+@needs_kernels
+def test_packed_weights_are_not_saved_by_halves(build: Build, tmp_path: Path) -> None:
+    model = build(vocab_size=6400)
+    pack(model)
+    with pytest.raises(ValueError, match="load it with packed=False"):
+        save_weights(model, tmp_path / "own.pth", Tokenizer())
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_precisions_stay_as_they_are(build: Build, dtype: torch.dtype) -> None:
     model = build().to(dtype)
@@ -83,8 +93,6 @@ def test_without_kernels_the_usual_layers_stay(
 
 @needs_kernels
 def test_what_is_loaded_to_answer_is_packed(build: Build, tmp_path: Path) -> None:
-    from model.tokenizer import Tokenizer
-
     model, tokenizer = build(vocab_size=6400), Tokenizer()
     save_weights(model, tmp_path / "own.pth", tokenizer)
     parser = argparse.ArgumentParser()
