@@ -27,7 +27,9 @@ def parse_args(argv: list[str] | None = None, *, in_page: bool = False) -> argpa
     page.add_argument("--port", type=positive(int), help="default 8501, or the next free one")
     page.add_argument("--base_url", metavar="URL", help="talk to this OpenAI-style server")
     page.add_argument(
-        "--api_key", default=os.environ.get("OPENAI_API_KEY"), help="default: OPENAI_API_KEY"
+        "--api_key",
+        help="for --base_url, and sent nowhere else; visitors use it and do not see it (default: "
+        "OPENAI_API_KEY)",
     )
     page.add_argument(
         "--history_cnt",
@@ -40,6 +42,10 @@ def parse_args(argv: list[str] | None = None, *, in_page: bool = False) -> argpa
     args = parser.parse_args(argv)
     if args.history_cnt % 2:
         parser.error(f"--history_cnt {args.history_cnt} is odd: a turn is a question and an answer")
+    if args.api_key and not args.base_url:
+        parser.error("--api_key needs --base_url, the only address that it is sent to")
+    if args.base_url and args.api_key is None:
+        args.api_key = os.environ.get("OPENAI_API_KEY")
     return args
 
 

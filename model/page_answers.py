@@ -7,10 +7,11 @@ page meanwhile; the page looks at it as often as it likes, and cancels.
 import argparse
 import asyncio
 import atexit
+import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from .chats import Message, Reply
@@ -171,13 +172,33 @@ def list_local(args: argparse.Namespace) -> tuple[list[Any], str]:
 # ---- a server ----
 
 
+@dataclass(frozen=True)
 class Server:
-    """A model behind an OpenAI-style API."""
+    """A model behind an OpenAI-style API.
 
-    def __init__(self, base_url: str, api_key: str, model: str) -> None:
-        self.base_url = base_url
-        self.api_key = api_key
-        self.name = model
+    Attributes:
+        is_typed: a visitor typed the address, so nothing of this machine's environment goes there.
+    """
+
+    base_url: str
+    api_key: str = field(repr=False)
+    name: str
+    is_typed: bool = True
+
+    def client_facts(self) -> dict[str, Any]:
+        """Return how ``openai.OpenAI`` reaches it."""
+        from openai import Omit
+
+        key = self.api_key or "none"
+        # no retries: the page says at once what is wrong, and has a button
+        facts: dict[str, Any] = {"base_url": self.base_url, "api_key": key, "max_retries": 0}
+        if self.is_typed:  # openai would add these from the environment
+            lines = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
+            names = [line.partition(":")[0].strip() for line in lines if ":" in line]
+            names = ["OpenAI-Organization", "OpenAI-Project", *names]
+            headers = {name: Omit() for name in names if name.lower() != "authorization"}
+            facts["default_headers"] = {**headers, "Authorization": f"Bearer {key}"}
+        return facts
 
     def start(self, messages: Sequence[Message], sampling: dict[str, Any], reply: Reply) -> None:
         """Ask; messages that do not fit are left out, whole turns, oldest first."""
@@ -224,10 +245,7 @@ class _ServerJob(Job):
         if self.is_cancelled:
             raise asyncio.CancelledError
         async with AsyncOpenAI(
-            base_url=self.server.base_url,
-            api_key=self.server.api_key or "none",
-            max_retries=0,  # the page says at once what is wrong, and has a button
-            timeout=Timeout(600, connect=CONNECT_S),
+            timeout=Timeout(600, connect=CONNECT_S), **self.server.client_facts()
         ) as api:
             while True:
                 try:
@@ -280,16 +298,15 @@ class _ServerJob(Job):
         return reason
 
 
-def list_remote(base_url: str, api_key: str) -> tuple[list[str], str, str]:
+def list_remote(server: Server) -> tuple[list[str], str, str]:
     """Return the names of a server's models, and the kind and text of an error, if any."""
     from openai import OpenAI, OpenAIError
 
-    if not base_url.startswith(("http://", "https://")) or not api_key.isascii():
+    base_url = server.base_url
+    if not base_url.startswith(("http://", "https://")) or not server.api_key.isascii():
         return [], "other", f"{base_url!r} does not begin with http://, or the key is not ASCII"
     try:
-        with OpenAI(
-            base_url=base_url, api_key=api_key or "none", max_retries=0, timeout=LIST_S
-        ) as api:
+        with OpenAI(timeout=LIST_S, **server.client_facts()) as api:
             return [model.id for model in api.models.list()], "", ""
     except (OpenAIError, ValueError, AttributeError, TypeError) as error:  # or no such list at all
         return [], *explain(error, base_url)

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,26 +102,44 @@ def _stamps(path: Path) -> str:
 def _pick_server(args: argparse.Namespace, labels: Labels) -> Server | None:
     state = st.session_state
     state.setdefault("base_url", args.base_url or DEFAULT_URL)
-    state.setdefault("api_key", args.api_key or "")
+    state.setdefault("api_key", "")
     keep = {"persist_state": "session"}
     help_text = labels["base_url_help"].format(url=DEFAULT_URL)
-    url = st.text_input(labels["base_url"], key="base_url", help=help_text, **keep).strip()
-    key = st.text_input(
-        labels["api_key"], key="api_key", type="password", help=labels["api_key_help"], **keep
+    url = st.text_input(
+        labels["base_url"], key="base_url", help=help_text, on_change=_forget_key, **keep
+    )
+    url = url.strip().rstrip("/")
+    # who looks at the page may use the configured key where it belongs, and not have it: it is in
+    # no widget, and goes to no address that was typed
+    is_configured = url == (args.base_url or "").strip().rstrip("/")
+    configured_key = (args.api_key or "").strip() if is_configured else ""
+    typed_key = st.text_input(
+        labels["api_key"],
+        key="api_key",
+        type="password",
+        help=labels["api_key_help"],
+        placeholder=labels["api_key_placeholder"] if configured_key else "",
+        **keep,
     ).strip()
-    names, kind, error = _list_remote(url.rstrip("/"), key)
+    server = Server(url, typed_key or configured_key, "", is_typed=not is_configured)
+    names, kind, error = _list_remote(server)
     if error:
         state.trouble = (f"**{labels[f'error_{kind}']}**", error)
         return None
     name = st.selectbox(
         labels["model"], names or ["minimind"], key="server_model", accept_new_options=True, **keep
     )
-    return Server(url.rstrip("/"), key, name)
+    return replace(server, name=name)
 
 
-@st.cache_data(ttl=5, show_spinner=False, max_entries=100)
-def _list_remote(base_url: str, api_key: str) -> tuple[list[str], str, str]:
-    return list_remote(base_url, api_key)
+def _forget_key() -> None:
+    """Clear the key that was typed for the address before."""
+    st.session_state.api_key = ""
+
+
+@st.cache_data(ttl=5, show_spinner=False, max_entries=100, hash_funcs={Server: astuple})
+def _list_remote(server: Server) -> tuple[list[str], str, str]:
+    return list_remote(server)
 
 
 # ---- how ----

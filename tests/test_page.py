@@ -12,7 +12,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 from tiny_chat import ROOT, write_chat_weights
 from tiny_runs import free_port
-from tiny_server import error, says, tiny_server
+from tiny_server import TinyServer, error, says, tiny_server
 
 from model.chats import Chat, ChatList, Turn
 from model.page_answers import LocalModel
@@ -302,6 +302,66 @@ def test_a_server_answers_and_its_errors_are_shown(open_page: Open) -> None:
     assert any(ZH["error_server_away"] in error.value for error in page.error)
     page.segmented_control(key="source").set_value("local").run()
     assert not page.error and ask(page, "本机").reply.model == "rl_32"
+
+
+def record_headers(server: TinyServer) -> list[dict[str, str]]:
+    """Return the headers of the requests that will have come, of every kind."""
+    seen: list[dict[str, str]] = []
+
+    class Recorder(server.http.RequestHandlerClass):
+        def parse_request(self) -> bool:
+            is_good = super().parse_request()
+            seen.append({name.lower(): value for name, value in self.headers.items()})
+            return is_good
+
+    server.http.RequestHandlerClass = Recorder
+    return seen
+
+
+def test_the_configured_key_is_told_to_the_configured_server_only(
+    open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("API_KEY", "ORG_ID", "PROJECT_ID", "ADMIN_KEY"):
+        monkeypatch.setenv(f"OPENAI_{name}", f"secret-{name}")
+    custom = "X-Gate: secret-gate\nAuthorization: Bearer secret-custom"
+    with tiny_server() as own, tiny_server() as other:
+        at_own, at_other = record_headers(own), record_headers(other)
+        own.replies = other.replies = [says("ok")]
+        page = open_page("--base_url", own.url)
+        ask(page, "你好")
+        assert {headers["authorization"] for headers in at_own} == {"Bearer secret-API_KEY"}
+        field = page.text_input(key="api_key")
+        assert field.value == "" and field.placeholder == ZH["api_key_placeholder"]
+
+        monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", custom)
+        for address in (other.url, f"{own.url}/../v1", other.url):
+            page.text_input(key="base_url").set_value(address).run()
+            assert page.text_input(key="api_key").placeholder == ""
+        ask(page, "你好")
+        page.text_input(key="api_key").set_value("mine").run()
+        ask(page, "你好")
+        page.text_input(key="base_url").set_value(f"{own.url}/").run()  # the configured one again
+        ask(page, "你好")
+        assert "mine" not in str(at_own), "a key goes where it was typed for"
+        assert {h["authorization"] for h in at_other} == {"Bearer none", "Bearer mine"}
+        assert len(at_other) >= 4 and "secret" not in str(at_other)
+        drawn = [element.proto for part in (page.main, page.sidebar) for element in part]
+        assert len(drawn) > 20 and "secret" not in str(drawn)
+
+
+def test_without_a_configured_server_no_key_is_taken(
+    open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with tiny_server() as other:
+        seen = record_headers(other)
+        page = open_page()
+        page.segmented_control(key="source").set_value("server").run()
+        assert page.text_input(key="api_key").placeholder == ""
+        page.text_input(key="base_url").set_value(other.url).run()
+        assert {headers["authorization"] for headers in seen} == {"Bearer none"}
+    page = open_page("--api_key", "secret")
+    assert "--api_key needs --base_url" in page.error[0].value
 
 
 def test_a_full_queue_is_told(open_page: Open) -> None:

@@ -231,14 +231,14 @@ def test_a_server_that_is_away_is_told() -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     reply = ask(Server(url, "", "m"))
     assert reply.error_kind == "server_away" and url in reply.error
-    assert list_remote(url, "")[1] == "server_away"
+    assert list_remote(Server(url, "", ""))[1] == "server_away"
 
 
 def test_the_models_of_a_server(server: TinyServer) -> None:
     server.models = ["a", "b"]
-    assert list_remote(server.url, "") == (["a", "b"], "", "")
-    assert list_remote("localhost:8000", "")[1] == "other"
-    assert list_remote(server.url, "密钥")[1] == "other"
+    assert list_remote(Server(server.url, "", "")) == (["a", "b"], "", "")
+    assert list_remote(Server("localhost:8000", "", ""))[1] == "other"
+    assert list_remote(Server(server.url, "密钥", ""))[1] == "other"
 
 
 @pytest.mark.slow  # starts our server, which imports torch
@@ -249,7 +249,7 @@ def test_our_server_says_what_the_engine_says(
     flags = ("--out_dir", out, "--device", "cpu", "--dtype", "float32", "--api_key", "sk-1")
     flags += ("--top_k", 3, "--repetition_penalty", 2)  # which "off" must override
     with serving("my_openai_api.py", "/health", tmp_path / "log", *flags) as url:
-        assert list_remote(f"{url}/v1", "sk-1") == (["rl_32"], "", "")
+        assert list_remote(Server(f"{url}/v1", "sk-1", "")) == (["rl_32"], "", "")
         server = Server(f"{url}/v1", "sk-1", "rl_32")
         off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 4}
         for sampling in (off, {**off, "temperature": 1.0}):
