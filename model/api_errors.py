@@ -102,6 +102,11 @@ def unavailable(state: str, message: str | None = None) -> ApiError:
     )
 
 
+def stopping() -> ApiError:
+    """Return the error of an answer that a server gave up when it ended."""
+    return unavailable("draining", "the server is being stopped and cancelled the answer")
+
+
 def not_served(path: str) -> ApiError:
     return ApiError(
         501,

@@ -3,11 +3,20 @@
 import asyncio
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from .api_errors import invalid, queue_full, too_long, unavailable, unknown_model
+from .api_errors import (
+    ApiError,
+    invalid,
+    queue_full,
+    stopping,
+    too_long,
+    unavailable,
+    unknown_model,
+)
 from .checkpoint import Loaded
 from .engine_thread import EngineThread, Pieces
 from .generation import Answer, Engine, Piece, QueueFull
@@ -17,7 +26,6 @@ from .sampling import SamplingOptions
 Message = dict[str, str]
 INLINE_CHARS = 2000  # encoding so much takes the event loop no longer than a millisecond
 MESSAGE_TOKENS = 4  # <s>, a role, </s> and a line break at least
-RETRY_S = 0.05  # until a request with several answers tries again to queue the next one
 
 
 class Served:
@@ -40,6 +48,11 @@ class Served:
         self.created = int(choice.path.stat().st_mtime)
         self.longest_token = int(self.tokenizer.token_bytes.max())
         self.readers: dict[Answer, tuple[Reply, int]] = {}
+        self.waiting: deque[Reply] = deque()  # they have answers for which the queue had no place
+        self.is_draining = False
+        self.at_rest = asyncio.Event()  # no reply is under way
+        self.at_rest.set()
+        self._replies: set[Reply] = set()  # under way
         self._loop = loop
 
     @cached_property
@@ -56,6 +69,39 @@ class Served:
             if reader := self.readers.get(answer):
                 reply, index = reader
                 reply.take(index, answer, piece)
+        if any(piece.is_last for _, piece in pieces):  # nothing else frees a place
+            self.feed()
+
+    def feed(self) -> None:
+        """Queue answers of the replies that have more, in turns, as long as there is room."""
+        while self.waiting:
+            reply = self.waiting[0]
+            try:
+                if reply.may_submit:
+                    reply.submit_next(continues=True)
+            except QueueFull as error:
+                if self.thread.is_alive:
+                    return
+                reply.fail(unavailable("failed", str(error)))
+            except ValueError as error:
+                reply.fail(invalid(str(error), code="invalid_value"))
+            self.waiting.popleft()
+            if reply.may_submit:
+                self.waiting.append(reply)
+
+    def note(self, reply: "Reply") -> None:
+        """Know of a reply whether it is under way."""
+        if reply.is_done or reply.is_abandoned:
+            self._replies.discard(reply)
+        else:
+            self._replies.add(reply)
+        (self.at_rest.clear if self._replies else self.at_rest.set)()
+
+    def cancel_all(self) -> None:
+        """Give up every answer, those too that are not queued yet."""
+        for reply in list(self._replies):
+            reply.fail(stopping())
+        self.engine.cancel_all()
 
     def check_ids(self, ids: Sequence[int], field: str = "prompt") -> None:
         """Raise ApiError for ids that the model does not have, or that fill its context."""
@@ -127,7 +173,7 @@ class Reply:
     """The answers to one HTTP request.
 
     At most as many as the engine has slots are queued at once, so that a request for many answers
-    leaves room for others; the rest follow.
+    leaves room for others; the rest follow, in turns with those of other requests.
 
     Args:
         every_piece: whether the reader wants pieces as they come, or only whole answers.
@@ -137,8 +183,7 @@ class Reply:
         self.served = served
         self.answers: list[Answer | None] = [None] * len(jobs)
         self.is_abandoned = False
-        self._jobs = jobs
-        self._n_submitted = 0
+        self._jobs = deque(enumerate(jobs))  # not submitted yet
         self._n_open = 0
         self._every_piece = every_piece
         self._fresh: list[tuple[int, Piece]] = []
@@ -148,63 +193,84 @@ class Reply:
         """Queue the first answers.
 
         Raises:
-            ApiError: the queue is full.
-            ValueError: a prompt that the engine does not take.
+            ApiError: the queue is full, the server is being stopped, or a request that the engine
+                does not take.
         """
+        served = self.served
+        if served.is_draining:
+            raise unavailable("draining")
+        served.feed()  # those who wait come first
         try:
-            self._submit_next()
+            self.submit_next()
         except QueueFull as error:
-            raise queue_full(str(error)) from None
-        self._submit_more()
+            is_full = served.thread.is_alive
+            raise (queue_full(str(error)) if is_full else unavailable("failed")) from None
+        except ValueError as error:
+            raise invalid(str(error), code="invalid_value") from None
+        served.waiting.append(self)
+        served.feed()
+        for _, piece in self._fresh:  # none is from the engine yet
+            self.abandon()
+            raise piece.error
 
     @property
     def is_done(self) -> bool:
         """Whether every answer has come to its end."""
-        return self._n_open == 0 and self._n_submitted == len(self._jobs)
+        return self._n_open == 0 and not self._jobs
 
     @property
     def is_read(self) -> bool:
         """Whether there is nothing more to wait for."""
         return self.is_abandoned or (self.is_done and not self._fresh)
 
-    def _submit_next(self) -> None:
-        index = self._n_submitted
-        job = self._jobs[index]
-        answer = self.served.thread.submit(job.prompt_ids, job.options)
+    @property
+    def may_submit(self) -> bool:
+        """Whether it is up to the queue alone when the next answer is begun."""
+        return bool(self._jobs) and self._n_open < self.served.engine.max_batch
+
+    def submit_next(self, *, continues: bool = False) -> None:
+        """Queue the next answer.
+
+        Raises:
+            QueueFull, ValueError: as the engine does.
+        """
+        index, job = self._jobs[0]
+        answer = self.served.thread.submit(job.prompt_ids, job.options, continues=continues)
+        self._jobs.popleft()
         self.answers[index] = answer
         self.served.readers[answer] = (self, index)
-        self._n_submitted += 1
         self._n_open += 1
-
-    def _submit_more(self) -> None:
-        try:
-            while (
-                self._n_submitted < len(self._jobs)
-                and self._n_open < self.served.engine.max_batch
-                and not self.is_abandoned
-            ):
-                self._submit_next()
-        except QueueFull as error:
-            if self._n_open:
-                return  # the end of one of ours is the time to try again
-            if self.served.thread.is_alive:
-                asyncio.get_running_loop().call_later(RETRY_S, self._submit_more)
-            else:
-                self._fresh.append((self._n_submitted, Piece("", error=error)))
-                self._wake()
+        self.served.note(self)
 
     def take(self, index: int, answer: Answer, piece: Piece) -> None:
         """Take a piece from the engine."""
+        has_failed = piece.error is not None or piece.finish_reason == "cancelled"
         if piece.is_last:
             del self.served.readers[answer]
             self._n_open -= 1
-            if self._n_submitted < len(self._jobs) and not piece.error:
-                self._submit_more()
+            if has_failed:
+                self._jobs.clear()
+            elif self.may_submit and self not in self.served.waiting:
+                self.served.waiting.append(self)
+            self.served.note(self)
         if self.is_abandoned:
             return
-        if self._every_piece or self.is_done or piece.error or piece.finish_reason == "cancelled":
+        if self._every_piece or self.is_done or has_failed:
             self._fresh.append((index, piece))
             self._wake()
+
+    def fail(self, error: ApiError) -> None:
+        """End with an error, and everything that is under way with it."""
+        self._fresh.append((0, Piece("", error=error)))
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self._jobs.clear()
+        for answer in self.answers:
+            if answer is not None and not answer.is_done:
+                self.served.thread.cancel(answer)
+        self.served.note(self)
+        self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -223,10 +289,7 @@ class Reply:
         if self.is_abandoned:
             return
         self.is_abandoned = True
-        for answer in self.answers:
-            if answer is not None and not answer.is_done:
-                self.served.thread.cancel(answer)
-        self._wake()
+        self._give_up()
 
 
 class Service:
@@ -300,15 +363,25 @@ class Service:
         long; then cancel the rest. Return whether all came to it.
         """
         self._state = "draining"
-        threads = [served.thread for served in self.models.values()]
-        ended = await asyncio.gather(*(asyncio.to_thread(t.drain, limit_s) for t in threads))
-        await asyncio.gather(*(asyncio.to_thread(thread.close) for thread in threads))
-        return all(ended)
+        everything = list(self.models.values())
+        for served in everything:
+            served.is_draining = True
+        all_ended = True
+        try:
+            async with asyncio.timeout(limit_s):
+                for served in everything:
+                    if served.thread.is_alive:  # else nothing comes to its end any more
+                        await served.at_rest.wait()
+        except TimeoutError:
+            all_ended = False
+        self.cancel_all()
+        await asyncio.gather(*(asyncio.to_thread(served.thread.close) for served in everything))
+        return all_ended
 
     def cancel_all(self) -> None:
         """Give up every answer at once."""
         for served in self.models.values():
-            served.engine.cancel_all()
+            served.cancel_all()
 
 
 def check_names(choices: Sequence[ModelChoice]) -> None:

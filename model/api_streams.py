@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .api_errors import ApiError, of_the_engine, unavailable
+from .api_errors import ApiError, of_the_engine, stopping, unavailable
 from .api_responses import DONE, ChatForm, Chunks, CompletionForm, event
 from .api_service import Reply
 from .generation import Piece
@@ -30,12 +30,14 @@ async def watch(request: Request, reply: Reply) -> None:
 
 def failure(reply: Reply, piece: Piece) -> ApiError | None:
     """Return why an answer ended, if not by itself."""
+    if isinstance(piece.error, ApiError):
+        return piece.error
     if piece.error is not None:
         if not isinstance(piece.error, ValueError):
             LOG.error("an answer failed", exc_info=piece.error)
         return of_the_engine(piece.error)
     if piece.finish_reason == "cancelled":
-        return unavailable("draining", "the server is being stopped and cancelled the answer")
+        return stopping() if reply.served.is_draining else unavailable("failed")
     return None
 
 

@@ -19,9 +19,10 @@ import pytest
 from serving import events, text_of
 from talkers import tiny_model
 
+from model.api_errors import ApiError
 from model.api_run import bind, make_server
 from model.api_server import create_app
-from model.api_service import Served, Service, check_names
+from model.api_service import Job, Reply, Served, Service, check_names
 from model.checkpoint import Loaded, save_weights
 from model.generation import Engine, generate
 from model.model_list import ModelChoice
@@ -122,14 +123,48 @@ def server(loaded: Loaded) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Serve a model with a context of seconds, so that clients can leave before the end."""
+def wordy(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """Return a model with a context of seconds, so that clients can leave before the end."""
     tokenizer = Tokenizer()
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_seq_len=8192)
     path = tmp_path_factory.mktemp("out") / "patient.pth"
     path.touch()
-    with serving(Loaded(model, tokenizer, path)) as running:
+    return Loaded(model, tokenizer, path)
+
+
+@pytest.fixture(scope="module")
+def patient(wordy: Loaded) -> Iterator[Running]:
+    with serving(wordy) as running:
         yield running
+
+
+@contextlib.contextmanager
+def held(loaded: Loaded) -> Iterator[None]:
+    """Keep every engine of a model from ending a step."""
+    go = threading.Event()
+    hook = loaded.model.register_forward_pre_hook(lambda *_: go.wait(PATIENCE_S) and None)
+    try:
+        yield
+    finally:
+        go.set()
+        hook.remove()
+
+
+class Asking(threading.Thread):
+    """Sends a request and waits for what it is answered."""
+
+    def __init__(self, server: Running, body: dict[str, Any]) -> None:
+        super().__init__()
+        self._server, self._body = server, body
+        self.start()
+
+    def run(self) -> None:
+        self._response = self._server.post(body=self._body)
+
+    @property
+    def response(self) -> httpx.Response:
+        self.join(PATIENCE_S)
+        return self._response
 
 
 def wait_for(is_so: Callable[[], bool]) -> None:
@@ -399,22 +434,72 @@ def test_two_models_cannot_have_one_name() -> None:
 
 
 def test_a_full_queue(loaded: Loaded) -> None:
-    with serving(loaded, engine={"max_batch": 1, "max_queue": 1}) as server:
-        with contextlib.ExitStack() as streams:
+    with serving(loaded, engine={"max_batch": 2, "max_queue": 3}) as server:
+        url = server.url + "/v1/chat/completions"
+        with contextlib.ExitStack() as streams, held(loaded):
 
             def ask() -> httpx.Response:
                 body = {**ENDLESS, "stream": True}
-                url = server.url + "/v1/chat/completions"
                 return streams.enter_context(httpx.stream("POST", url, json=body, timeout=60))
 
-            waiting = ask()
-            for _ in range(50):  # each takes the context's length to end
-                waiting = ask()
-                if waiting.status_code != 200:
-                    break
-            waiting.read()
-            assert check_error(waiting, 429)["code"] == "queue_full"
-            assert int(waiting.headers["retry-after"]) > 0
+            burst = [ask() for _ in range(8)]
+            assert [one.status_code for one in burst] == [200] * (2 + 3) + [429] * 3
+            burst[-1].read()
+            assert check_error(burst[-1], 429)["code"] == "queue_full"
+            assert int(burst[-1].headers["retry-after"]) > 0
+
+
+def test_who_waits_is_not_overtaken(wordy: Loaded) -> None:
+    with serving(wordy, engine={"max_batch": 1, "max_queue": 1}) as server:
+        served = server.service.models["patient"]
+
+        def reply(n: int = 1, n_new: int | None = None) -> Reply:
+            bias = {EOS_ID: -100.0}  # seconds, where there is no n_new
+            job = Job([1, 5, 6], SamplingOptions(max_new_tokens=n_new, logit_bias=bias))
+            return Reply(served, [job] * n, every_piece=True)
+
+        async def scene() -> None:  # the loop learns of nothing where this does not await
+            several, first, second, late = reply(2, n_new=3), reply(), reply(), reply()
+            several.start()
+            wait_for(lambda: several.answers[0].is_done)
+            first.start()
+            second.start()  # so there is no place for the other one of several
+            while several.answers[0] in served.readers:
+                await asyncio.sleep(0)
+            assert several.answers[1] is None
+            first.abandon()
+            wait_for(lambda: first.answers[0].is_done)
+            with pytest.raises(ApiError) as refused:
+                late.start()
+            assert refused.value.status == 429
+            assert several.answers[1] is not None
+            second.abandon()
+            while not several.is_done:
+                await several.pieces()
+            assert several.answers[1].finish_reason == "length"
+
+        server.do(scene())
+
+
+def test_a_request_of_which_the_engine_refuses_a_part(tmp_path: Path) -> None:
+    # fewer rows than the tokenizer has ids, so that the engine alone knows what is wrong
+    model = tiny_model(vocab_size=100, max_seq_len=CONTEXT)
+    path = tmp_path / "small.pth"
+    path.touch()
+    with serving(Loaded(model, Tokenizer(), path), engine={"max_batch": 2}) as server:
+        for stream in (False, True):
+            for prompt in ([200], [[5], [200]], [[5], [5], [5]] + [[200]]):
+                body = {"prompt": prompt, "logit_bias": {"2": -100}, "stream": stream}
+                response = server.post("/v1/completions", body)
+                if stream and len(prompt) == 4:  # begun before it was known
+                    error = json.loads(response.text.split("data: ")[-1])["error"]
+                else:
+                    error = check_error(response, 400)
+                assert (error["code"], "ids from 200" in error["message"]) == (
+                    "invalid_value",
+                    True,
+                )
+                wait_for(lambda: server.engine.n_active == server.engine.n_queued == 0)
 
 
 def test_a_failure_in_mid_stream(tmp_path: Path, loaded: Loaded) -> None:
@@ -525,6 +610,38 @@ def test_draining_ends_what_is_under_way_and_refuses_more(loaded: Loaded) -> Non
             assert httpx.get(server.url + "/health").status_code == 503
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert draining.result(PATIENCE_S) is True
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_draining_ends_all_of_a_request(loaded: Loaded, stream: bool) -> None:
+    with serving(loaded, engine={"max_batch": 2, "max_queue": 1}) as server:
+        with held(loaded):
+            asking = Asking(server, {**ENDLESS, "n": 7, "max_tokens": 20, "stream": stream})
+            wait_for(lambda: server.engine.n_active > 0)
+            draining = asyncio.run_coroutine_threadsafe(
+                server.service.drain(PATIENCE_S), server.loop
+            )
+            wait_for(lambda: server.service.state == "draining")
+        assert draining.result(PATIENCE_S) is True
+        text = asking.response.text
+        found = events(text) if stream else [asking.response.json()]
+        ends = [c["index"] for o in found for c in o["choices"] if c["finish_reason"]]
+        assert sorted(ends) == list(range(7))
+
+
+def test_draining_gives_up_what_was_never_begun(
+    loaded: Loaded, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(loaded, engine={"max_batch": 1, "max_queue": 1}) as server:
+        with held(loaded):
+            asking = [Asking(server, {**ENDLESS, "n": 30}) for _ in range(2)]
+            wait_for(lambda: server.engine.n_active + server.engine.n_queued == 2)
+            draining = asyncio.run_coroutine_threadsafe(server.service.drain(0), server.loop)
+            wait_for(lambda: server.service.state == "draining")
+        assert draining.result(PATIENCE_S) is False
+        for one in asking:
+            assert check_error(one.response, 503)["code"] == "draining"
+    assert "an answer failed" not in caplog.text
 
 
 def test_draining_cancels_what_takes_too_long(loaded: Loaded) -> None:
