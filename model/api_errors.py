@@ -7,6 +7,59 @@ from typing import Any
 from pydantic import ValidationError
 
 INVALID = "invalid_request_error"
+NO_TOOLS = "these models call no tools"
+FREE = "answers are not constrained here"
+NO_END = (
+    'an answer ends where the model ends it; to go on, send logit_bias {"2": -100}, its end token'
+)
+NO_SAMPLER = "there is no such sampler here; there are temperature, top_k, top_p and min_p"
+NO_TEMPLATE = "the chat template is the model's own"
+# Fields of OpenAI, llama.cpp and vLLM that ask for what is not there, unless they are null, false,
+# empty, or not above zero
+NOT_HERE = {
+    "audio": "these models write text only",
+    "web_search_options": NO_TOOLS,
+    "prediction": "answers are not predicted",
+    "grammar": FREE,
+    "json_schema": FREE,
+    "guided_json": FREE,
+    "guided_regex": FREE,
+    "guided_choice": FREE,
+    "guided_grammar": FREE,
+    "structured_outputs": FREE,
+    "logits_processors": FREE,
+    "allowed_token_ids": f"{FREE}; logit_bias makes tokens more and less likely",
+    "bad_words": f"{FREE}; logit_bias keeps tokens out",
+    "suffix": "these models continue a text, they do not fill gaps",
+    "ignore_eos": NO_END,
+    "min_tokens": NO_END,
+    "stop_token_ids": "answers end at strings: use stop",
+    "include_stop_str_in_output": "a stop string is not part of an answer",
+    "t_max_predict_ms": "answers are not bounded in time: use max_tokens",
+    "use_beam_search": "answers are sampled",
+    "mirostat": NO_SAMPLER,
+    "top_n_sigma": NO_SAMPLER,
+    "dynatemp_range": NO_SAMPLER,
+    "xtc_probability": NO_SAMPLER,
+    "dry_multiplier": "use repetition_penalty, presence_penalty or frequency_penalty",
+    "n_probs": "use logprobs",
+    "truncate_prompt_tokens": "a prompt is not shortened here",
+    "continue_final_message": "an answer is a message of its own; use /v1/completions",
+    "documents": NO_TEMPLATE,
+    "chat_template": NO_TEMPLATE,
+    "image_data": "these models read text only",
+    "lora": "adapters are chosen when the server is started, each as a model of its own",
+}
+# The same, unless they have this value
+UNLESS = {
+    "typical_p": (1, NO_SAMPLER),
+    "tfs_z": (1, NO_SAMPLER),
+    "length_penalty": (1, "answers are sampled, not searched for"),
+    "n_predict": (-1, "use max_tokens"),
+    "skip_special_tokens": (True, "special tokens are not part of an answer"),
+    "add_generation_prompt": (True, "a conversation is answered; use /v1/completions"),
+    "prompt_logprobs": (False, "the prompt's own log probabilities are not computed"),
+}
 RETRY_S = "1"  # Retry-After, in seconds: a slot is free within about that
 
 
@@ -133,6 +186,19 @@ def refused(field: str, reason: str, value: Any = None) -> ApiError:
     """Return the error of a wish that these models cannot fulfil and that is not to be ignored."""
     what = f"{field} is {shown(value)}" if value is not None else field
     return ApiError(400, f"{what}: {reason}", param=field, code="unsupported_parameter")
+
+
+def check_wishes(fields: Mapping[str, Any]) -> None:
+    """Raise ApiError for the first field that asks for what is not there."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name, reason in NOT_HERE.items():
+        value = given.get(name)
+        if value and not (isinstance(value, int | float) and value <= 0):
+            raise refused(name, reason, value)
+    for name, (neutral, reason) in UNLESS.items():
+        value = given.get(name, neutral)
+        if value != neutral or isinstance(value, bool) != isinstance(neutral, bool):
+            raise refused(name, f"{reason}; expected {shown(neutral)}", value)
 
 
 def of_validation(error: ValidationError) -> ApiError:

@@ -12,28 +12,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from .api_errors import invalid, of_validation, refused, shown
+from .api_errors import NO_TOOLS, check_wishes, invalid, of_validation, refused, shown
 from .sampling import SamplingOptions
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
 MAX_LOGPROBS, MAX_COMPLETION_LOGPROBS = 20, 5
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-NO_TOOLS = "these models call no tools"
-# Fields that ask for what is not there, beyond those with checks of their own
-NOT_HERE = {
-    "audio": "these models write text only",
-    "web_search_options": NO_TOOLS,
-    "grammar": "answers are not constrained here",
-    "json_schema": "answers are not constrained here",
-    "guided_json": "answers are not constrained here",
-    "guided_regex": "answers are not constrained here",
-    "guided_choice": "answers are not constrained here",
-    "guided_grammar": "answers are not constrained here",
-    "structured_outputs": "answers are not constrained here",
-    "suffix": "these models continue a text, they do not fill gaps",
-}
-
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Request = TypeVar("Request", bound=BaseModel)
 
@@ -178,10 +163,11 @@ class Sampled(Lenient):
 
     def check(self) -> None:
         """Raise ApiError for what goes beyond one field."""
-        for name, reason in NOT_HERE.items():
-            value = (self.model_extra or {}).get(name)
-            if value is not None and value != "" and value != {}:
-                raise refused(name, reason, value)
+        check_wishes(self.model_extra or {})
+        if self.stream_options is not None and not self.stream:
+            raise invalid(
+                "stream_options is there without stream: expected stream true", "stream_options"
+            )
         name, limit = self.token_limit
         if limit == 0:
             raise invalid(f"{name} is 0: expected at least 1, or -1 for no limit", name)
@@ -270,18 +256,25 @@ class ChatRequest(Sampled):
             raise refused(
                 "response_format", 'answers are plain text here; expected {"type": "text"}', kind
             )
+        if extra.get("echo"):
+            raise refused("echo", "a conversation is not repeated; use /v1/completions", True)
+        if extra.get("best_of") not in (None, 1):
+            raise refused("best_of", "answers are not ranked here; use n", extra["best_of"])
         modalities = extra.get("modalities")
         if modalities not in (None, [], ["text"]):
             raise refused("modalities", 'these models write text only; expected ["text"]')
 
     def conversation(self) -> list[dict[str, str]]:
-        """Return the messages as the chat template takes them; what the system says at the
-        beginning, in one or several messages, is one text.
+        """Return the messages as the chat template takes them.
+
+        What the system says at the beginning, in one or several messages, is one text. The
+        template has no place for it later, where clients ask for a summary with it: there it is
+        the user's, part of the message before it where that is the user's too.
 
         Raises:
             ApiError: a role or a content that has no place in it.
         """
-        found: list[dict[str, str]] = []
+        found: list[tuple[str, list[str]]] = []
         for index, message in enumerate(self.messages):
             place = f"messages[{index}]"
             if message.role in ("tool", "function"):
@@ -301,17 +294,13 @@ class ChatRequest(Sampled):
                     f"{place}.content is missing: expected a string, or a list of text parts",
                     f"{place}.content",
                 )
-            if role == "system" and found and found[-1]["role"] == "system":
-                found[-1]["content"] += "\n" + content
-            elif role == "system" and found:
-                raise invalid(
-                    f"{place}.role is {shown(message.role)}: a system text stands before all "
-                    "other messages",
-                    f"{place}.role",
-                )
+            before = found[-1][0] if found else "system"
+            is_late = role == "system" and before != "system"
+            if found and (is_late or role == "system") and before in ("system", "user"):
+                found[-1][1].append(content)
             else:
-                found.append({"role": role, "content": content or ""})
-        return found
+                found.append(("user" if is_late else role, [content or ""]))
+        return [{"role": role, "content": "\n".join(texts)} for role, texts in found]
 
 
 class CompletionRequest(Sampled):

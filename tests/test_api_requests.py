@@ -58,13 +58,25 @@ def test_null_is_as_good_as_absent() -> None:
         {"tools": [{"type": "function"}], "tool_choice": "none"},
         {"tool_choice": "auto"},
         {"response_format": {"type": "text"}, "modalities": ["text"]},
-        {"stream_options": {"include_usage": False, "x": 1}},  # without stream: nothing to do
+        {"stream": True, "stream_options": {"include_usage": False, "x": 1}},
+        # what programs send along whose users changed nothing
+        {
+            "ignore_eos": False, "min_tokens": 0, "stop_token_ids": [], "bad_words": [],
+            "prediction": None, "use_beam_search": False, "length_penalty": 1.0,
+            "continue_final_message": False, "add_generation_prompt": True, "best_of": 1,
+            "echo": False, "skip_special_tokens": True, "allowed_token_ids": None,
+        },
+        {
+            "mirostat": 0, "mirostat_tau": 5.0, "typical_p": 1.0, "tfs_z": 1, "dynatemp_range": 0.0,
+            "dry_multiplier": 0, "dry_base": 1.75, "xtc_probability": 0.0, "top_n_sigma": -1,
+            "n_predict": -1, "n_probs": 0, "t_max_predict_ms": -1, "cache_prompt": True, "lora": [],
+        },
         {"top_logprobs": 0},
         {"messages": [{"role": "assistant", "content": None, "tool_calls": []}, *HI]},
         {"messages": [{"role": "user", "content": "", "name": "Li"}]},
     ],
-    ids=lambda fields: "-".join(fields),
-)
+    ids=lambda fields: "-".join(fields)[:40],
+)  # fmt: skip
 def test_what_clients_send_along_is_accepted(fields: dict[str, Any]) -> None:
     request = chat(**fields)
     assert request.options(DEFAULTS, 300) == DEFAULTS
@@ -157,6 +169,23 @@ def test_the_conversation() -> None:
     ]
 
 
+def test_what_the_system_says_later_is_the_users() -> None:
+    late = {"role": "system", "content": "late"}
+    answer = {"role": "assistant", "content": "a"}
+    both = [{"role": "user", "content": "hi\nlate"}]
+    alone = [{"role": "user", "content": "late"}]
+    for messages, expected in (
+        ([*HI, late], both),
+        ([*HI, late, late], [{"role": "user", "content": "hi\nlate\nlate"}]),
+        ([*HI, answer, late], [*HI, answer, *alone]),
+        ([*HI, answer, late, *HI], [*HI, answer, *alone, *HI]),
+        ([late, *HI, {**late, "role": "developer"}], [late, *both]),
+        ([late, answer, late], [late, answer, *alone]),
+        ([*HI, *HI, answer, answer], [*HI, *HI, answer, answer]),
+    ):
+        assert chat(messages=messages).conversation() == expected
+
+
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
@@ -216,6 +245,32 @@ def test_the_forms_of_a_prompt(prompt: Any, expected: list[Any]) -> None:
         ({"modalities": ["text", "audio"]}, "modalities", "text only"),
         ({"audio": {"voice": "x"}}, "audio", "text only"),
         ({"guided_json": {"type": "object"}}, "guided_json", "not constrained"),
+        ({"stream_options": {}}, "stream_options", "stream true"),
+        ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options", "true"),
+        ({"ignore_eos": True}, "ignore_eos", "logit_bias"),
+        ({"min_tokens": 5}, "min_tokens", "is 5"),
+        ({"stop_token_ids": [7]}, "stop_token_ids", "use stop"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction", "not predicted"),
+        ({"bad_words": ["x"]}, "bad_words", "logit_bias"),
+        ({"allowed_token_ids": [5]}, "allowed_token_ids", "logit_bias"),
+        ({"use_beam_search": True}, "use_beam_search", "sampled"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs", "not computed"),
+        ({"continue_final_message": True}, "continue_final_message", "/v1/completions"),
+        ({"add_generation_prompt": False}, "add_generation_prompt", "expected true"),
+        ({"best_of": 2}, "best_of", "use n"),
+        ({"n": 2, "best_of": 2}, "best_of", "use n"),
+        ({"echo": True}, "echo", "not repeated"),
+        ({"mirostat": 2}, "mirostat", "no such sampler"),
+        ({"typical_p": 0.9}, "typical_p", "expected 1"),
+        ({"tfs_z": 0}, "tfs_z", "is 0"),
+        ({"top_n_sigma": 1.5}, "top_n_sigma", "no such sampler"),
+        ({"dynatemp_range": 0.5}, "dynatemp_range", "no such sampler"),
+        ({"dry_multiplier": 0.8}, "dry_multiplier", "use repetition_penalty"),
+        ({"xtc_probability": 0.5}, "xtc_probability", "no such sampler"),
+        ({"n_predict": 5}, "n_predict", "use max_tokens"),
+        ({"skip_special_tokens": False}, "skip_special_tokens", "expected true"),
+        ({"lora": [{"id": 0, "scale": 1}]}, "lora", "started"),
+        ({"chat_template": "{{ messages }}"}, "chat_template", "own"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )
@@ -230,7 +285,7 @@ def test_a_chat_names_what_it_refuses(fields: dict[str, Any], param: str, says: 
     [
         ({"role": "bot", "content": "x"}, "messages[1].role", '"bot"; use "system", "user"'),
         ({"role": "tool", "content": "x"}, "messages[1].role", "call no tools"),
-        ({"role": "system", "content": "x"}, "messages[1].role", "before all other"),
+        ({"role": "system"}, "messages[1].content", "missing"),
         ({"role": "user"}, "messages[1].content", "missing"),
         ({"role": "user", "content": None}, "messages[1].content", "missing"),
         (
@@ -264,6 +319,9 @@ def test_a_part_that_is_not_text_is_named(kind: str | None) -> None:
         ({"prompt": [True]}, "prompt", "a list of strings"),
         ({"prompt": [[]]}, "prompt", "a list of strings"),
         ({"suffix": "x"}, "suffix", "do not fill gaps"),
+        ({"ignore_eos": True}, "ignore_eos", "logit_bias"),
+        ({"use_beam_search": True}, "use_beam_search", "sampled"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream true"),
         ({"best_of": 2}, "best_of", "not ranked"),
         ({"n": 2, "best_of": 1}, "best_of", "not ranked"),
         ({"echo": True, "logprobs": 1}, "echo", "prompt's own"),

@@ -29,6 +29,7 @@ def http(server: Running) -> Iterator[httpx.Client]:
 
 
 def whole_text(server: Running, **body: object) -> str:
+    body.pop("stream_options", None)
     return server.chat(**{**body, "stream": False})["choices"][0]["message"]["content"]
 
 
@@ -266,6 +267,23 @@ def test_nextchat_chats(http: httpx.Client) -> None:
     assert all(len(chunk["choices"]) == 1 for chunk in chunks)
     # as long as the context lets it, or until the model ends it: it set no limit
     assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+def test_nextchat_asks_for_a_summary(server: Running, http: httpx.Client) -> None:
+    said = [QUESTION, {"role": "assistant", "content": "珠穆朗玛峰。"}]
+    wish = "简要总结一下对话内容，用作后续的上下文提示 prompt，控制在 200 字以内"
+    body = {
+        **NEXTCHAT_BODY,
+        "messages": [*said, {"role": "system", "content": wish, "date": ""}],
+        "temperature": 0,
+        "max_tokens": 24,
+    }
+    answer = http.post("/chat/completions", json=body, headers=OF_NEXTCHAT)
+    assert answer.status_code == 200
+    plain = [*said, {"role": "user", "content": wish}]
+    assert text_of(events(answer.text)) == whole_text(
+        server, messages=plain, temperature=0, max_tokens=24, top_p=1
+    )
 
 
 @pytest.mark.parametrize(
