@@ -36,6 +36,7 @@ from .api_service import Job, Reply, Served, Service
 from .api_streams import EventStream, failure, watch
 
 INLINE_BYTES = 1 << 16  # parsing so much takes the event loop no longer than a millisecond
+INLINE_MESSAGES = 256  # likewise
 BODY_TIME_S = 60
 NOT_SERVED = (
     "embeddings images audio moderations files uploads fine_tuning batches responses assistants "
@@ -111,7 +112,7 @@ class Api:
     async def chat(self, request: Request) -> Response:
         wish: ChatRequest = await self.parsed(request, ChatRequest)
         served = self.service.model(wish.model)
-        messages = wish.conversation()
+        messages = await conversation(wish)
         options = wish.options(self.service.defaults, served.tokenizer.vocab_size)
         prompt_ids = await served.encode_chat(messages)
         jobs = [Job(prompt_ids, seeded(options, i)) for i in range(wish.n or 1)]
@@ -141,10 +142,10 @@ class Api:
         form: ChatForm | CompletionForm,
         n_prompts: int,
     ) -> Response:
+        table = None if wish.n_logprobs is None else self.table(served)
         reply = Reply(served, jobs, every_piece=bool(wish.stream))
         reply.start()
         request.scope["reply"] = reply
-        table = None if wish.n_logprobs is None else self.table(served)
         if wish.stream:
             wants_usage = bool(wish.stream_options and wish.stream_options.include_usage)
             chunks = [Chunks(form, i, table, wants_usage) for i in range(len(jobs))]
@@ -168,6 +169,8 @@ class Api:
         return Json(form.whole(choices, reply.answers, n_prompts))
 
     def models(self) -> Response:
+        if self.service.state == "loading":
+            raise unavailable("loading")
         entries = [model_entry(served) for served in self.service.models.values()]
         return Json({"object": "list", "data": entries})
 
@@ -181,11 +184,13 @@ class Api:
         served = self.service.model(wish.model)
         tokenizer = served.tokenizer
         if wish.messages is not None:
-            messages = ChatRequest.conversation(wish)
+            messages = await conversation(wish)
+            served.check_length(messages, "messages")
             ids = await asyncio.to_thread(
                 tokenizer.encode_chat, messages, add_generation_prompt=True
             )
         else:
+            served.check_length(wish.the_text, "content")
             ids = await asyncio.to_thread(tokenizer.encode, wish.the_text)
             ids = tokenizer.encode_document("")[:-1] * bool(wish.add_special) + ids
         return Json({"tokens": ids, "count": len(ids), "max_model_len": served.context})
@@ -193,6 +198,7 @@ class Api:
     async def detokenize(self, request: Request) -> Response:
         wish: DetokenizeRequest = await self.parsed(request, DetokenizeRequest)
         served = self.service.model(wish.model)
+        served.check_length(wish.tokens, "tokens")
         served.check_ids(wish.tokens, "tokens")
         text = await asyncio.to_thread(
             served.tokenizer.decode, wish.tokens, skip_special_tokens=False
@@ -210,6 +216,15 @@ class Api:
 
     def show_metrics(self) -> Response:
         return PlainTextResponse(self.metrics.text(self.service), media_type=CONTENT_TYPE)
+
+
+async def conversation(wish: ChatRequest | TokenizeRequest) -> list[dict[str, str]]:
+    """Return the messages as the chat template takes them; a body has room for 250,000, a second's
+    work.
+    """
+    if len(wish.messages) <= INLINE_MESSAGES:
+        return ChatRequest.conversation(wish)
+    return await asyncio.to_thread(ChatRequest.conversation, wish)
 
 
 def seeded(options: Any, index: int) -> Any:
@@ -254,6 +269,7 @@ def create_app(
     app = FastAPI(
         title="MiniMind",
         version="1.0.0",
+        docs_url=None,  # its page is made of files from elsewhere, and blank where there is no way
         redoc_url=None,
         redirect_slashes=False,
         responses={status: {"description": "OpenAI's error object"} for status in ("4XX", "5XX")},
@@ -276,6 +292,8 @@ def create_app(
 
 
 def add_routes(app: FastAPI, api: Api) -> None:
+    """Add all routes; OpenAI's are there without /v1 too, as in llama.cpp's server."""
+
     def post(path: str, handle: Callable[[Request], Any], kind: type, summary: str) -> None:
         schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
@@ -290,16 +308,20 @@ def add_routes(app: FastAPI, api: Api) -> None:
             response_class=Json,
             openapi_extra={"requestBody": body},
         )(route)
+        if path.startswith("/v1/"):
+            app.post(path.removeprefix("/v1"), include_in_schema=False)(route)
 
     post("/v1/chat/completions", api.chat, ChatRequest, "Answer a conversation")
     post("/v1/completions", api.complete, CompletionRequest, "Continue texts")
     post("/tokenize", api.tokenize, TokenizeRequest, "Ids of a text or a conversation")
     post("/detokenize", api.detokenize, DetokenizeRequest, "Text of ids")
 
+    @app.get("/models", include_in_schema=False)
     @app.get("/v1/models", response_class=Json, summary="The models")
     async def models() -> Response:
         return api.models()
 
+    @app.get("/models/{name:path}", include_in_schema=False)
     @app.get("/v1/models/{name:path}", response_class=Json, summary="One model")
     async def model(name: str) -> Response:
         return api.one_model(name)
@@ -333,7 +355,9 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
         where = f"{request.method} {request.url.path}"
-        hint = "; the API is under /v1, see /docs" if error.status_code in (404, 405) else ""
+        hint = (
+            "; the API is under /v1, see /openapi.json" if error.status_code in (404, 405) else ""
+        )
         message = f"{error.detail}: {where}{hint}"
         return error_response(ApiError(error.status_code, message, headers=error.headers))
 

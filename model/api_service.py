@@ -25,6 +25,9 @@ from .sampling import SamplingOptions
 
 Message = dict[str, str]
 INLINE_CHARS = 2000  # encoding so much takes the event loop no longer than a millisecond
+# What is counted for itself: 64 letters for each token of the context, or this many
+LEAST_LETTERS = 100_000  # 0.1 s, in which nothing else runs
+MESSAGE_LETTERS = 8  # a message takes as long as so many letters more
 MESSAGE_TOKENS = 4  # <s>, a role, </s> and a line break at least
 
 
@@ -114,6 +117,21 @@ class Served:
             )
         if field == "prompt" and len(ids) >= self.context:
             raise too_long(len(ids), self.context, field)
+
+    def check_length(self, what: str | Sequence[Message] | Sequence[int], field: str) -> None:
+        """Raise ApiError for so much text, or so many ids, that translating it would hold up all
+        others: the tokenizer lets nothing else run meanwhile.
+        """
+        limit = max(LEAST_LETTERS, 64 * self.context)
+        n, unit = len(what), "ids" if field == "tokens" else "letters"
+        if field == "messages":
+            n = sum(len(message["content"]) + MESSAGE_LETTERS for message in what)
+        if n > limit:
+            raise invalid(
+                f"{field} has {n} {unit}: expected at most {limit} in a request; send it in parts",
+                field,
+                "too_long",
+            )
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Return a conversation's ids, ready for the answer.

@@ -296,6 +296,19 @@ def test_tokenize_and_back(server: Running, loaded: Loaded) -> None:
     assert chat["count"] == usage["prompt_tokens"]
 
 
+def test_openais_routes_without_v1(server: Running) -> None:
+    for path, body in (
+        ("/chat/completions", GREEDY),
+        ("/completions", {"prompt": "你好", "temperature": 0, "max_tokens": 6}),
+    ):
+        with_v1, without = (server.post(start + path, body).json() for start in ("/v1", ""))
+        assert without["choices"] == with_v1["choices"]
+    for path in ("/models", "/models/talker"):
+        assert httpx.get(server.url + path).json() == httpx.get(f"{server.url}/v1{path}").json()
+    paths = httpx.get(server.url + "/openapi.json").json()["paths"]
+    assert "/v1/models" in paths and not paths.keys() & {"/models", "/chat/completions"}
+
+
 def test_defaults_of_the_server_and_of_a_request(loaded: Loaded) -> None:
     defaults = SamplingOptions(temperature=0, max_new_tokens=4)
     with serving(loaded, defaults=defaults) as server:
@@ -320,7 +333,9 @@ def test_defaults_of_the_server_and_of_a_request(loaded: Loaded) -> None:
         ("POST", "/detokenize", b'{"tokens": [99999]}', 400, None),
         ("GET", "/v1/models/none", None, 404, "model_not_found"),
         ("GET", "/v1/none", None, 404, None),
-        ("POST", "/chat/completions", b"{}", 404, None),
+        ("POST", "/chat/completions", b"{}", 400, "missing_required_parameter"),
+        ("GET", "/models/none", None, 404, "model_not_found"),
+        ("GET", "/docs", None, 404, None),
         ("GET", "/v1/chat/completions", None, 405, None),
         ("DELETE", "/v1/models", None, 405, None),
         ("POST", "/v1/embeddings", b"{}", 501, "not_implemented"),
@@ -354,6 +369,28 @@ def test_a_prompt_that_is_too_long(server: Running, stream: bool, n_letters: int
         assert (error["n_ctx"], error["n_prompt_tokens"] >= CONTEXT) == (CONTEXT, True)
         is_counted = n_letters == CONTEXT or isinstance(prompt.get("prompt"), list)
         assert is_counted == ("at least" not in error["message"])
+
+
+def test_what_the_tokenizer_is_asked_has_bounds(server: Running) -> None:
+    limit = 100_000
+    assert limit > 64 * CONTEXT
+    text = "山有 " * (limit // 3) + "。"
+    fits = server.post("/tokenize", {"content": text}).json()
+    assert server.post("/detokenize", {"tokens": fits["tokens"]}).json()["content"] == text
+    half = {"role": "user", "content": "a" * (limit // 2)}
+    for path, body, field in (
+        ("/tokenize", {"content": "a" * (limit + 1)}, "content"),
+        ("/tokenize", {"messages": [half, half]}, "messages"),
+        (
+            "/tokenize",
+            {"messages": [{"role": "user", "content": ""}] * (limit // 8 + 1)},
+            "messages",
+        ),
+        ("/detokenize", {"tokens": [5] * (limit + 1)}, "tokens"),
+    ):
+        error = check_error(server.post(path, body), 400)
+        assert error["param"] == field
+        assert f"at most {limit}" in error["message"]
 
 
 def test_a_prompt_of_just_the_right_length(server: Running) -> None:
@@ -586,6 +623,8 @@ def test_while_it_loads(loaded: Loaded) -> None:
             assert (health.status_code, health.json()["status"]) == (503, "loading")
             error = check_error(server.post(body=GREEDY), 503)
             assert error["code"] == "loading"
+            for path in ("/v1/models", "/v1/models/late"):
+                assert check_error(httpx.get(server.url + path), 503)["code"] == "loading"
         finally:
             go.set()
         wait_for(lambda: httpx.get(server.url + "/health").status_code == 200)

@@ -60,7 +60,8 @@ def send(operation: Any, mode: Any, n_examples: int, answered: Answered) -> None
 def check_answers(server: Running, n_examples: int) -> None:
     answered = send_what_comes_to_mind(server, n_examples)
     statuses = {(kind, status) for kind, _, status in answered}
-    assert statuses == {("positive", 200), ("positive", 400), ("positive", 404), ("negative", 400)}
+    assert statuses >= {("positive", 200), ("negative", 400)}
+    assert {status for _, status in statuses} <= {200, 400, 404}  # 404: no model of that name
     wait_for(server.is_at_rest)
 
 
