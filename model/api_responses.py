@@ -4,6 +4,7 @@ Chunks are put together from text prepared once a stream, so that a token costs 
 microseconds.
 """
 
+import codecs
 import json
 import time
 import uuid
@@ -87,6 +88,24 @@ class TokenTable:
         }
 
 
+class Letters:
+    """Counts the characters of a text whose bytes come token by token; what is not UTF-8 shows as
+    U+FFFD, as many as a decoder makes of it.
+    """
+
+    def __init__(self) -> None:
+        self.n_whole = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def n_begun(self) -> int:
+        """The whole ones, and the one whose bytes are not all there."""
+        return self.n_whole + bool(self._decoder.getstate()[0])
+
+    def read(self, spelled: bytes) -> None:
+        self.n_whole += len(self._decoder.decode(spelled))
+
+
 @dataclass
 class LogprobReader:
     """Gives out a token's probabilities together with the text that it begins in.
@@ -95,23 +114,27 @@ class LogprobReader:
     """
 
     table: TokenTable
-    _held: list[tuple[int, Token]] = field(default_factory=list)  # and the byte it begins at
-    _n_read: int = 0
+    _held: list[tuple[int, Token]] = field(default_factory=list)  # and the letter it begins in
+    _read: Letters = field(default_factory=Letters)
     _n_sent: int = 0
 
     def read(self, piece: Piece) -> list[Token]:
         """Take a piece; return the tokens whose text is out with it."""
         token = piece.token
         if token is not None and token.id != EOS_ID:
-            self._held.append((self._n_read, token))
-            self._n_read += len(self.table.bytes_of(token.id))
-        self._n_sent += len(piece.text.encode())
+            spelled = self.table.bytes_of(token.id)
+            goes_on = spelled[:1] and spelled[0] & 0xC0 == 0x80  # within a letter, if one is begun
+            self._held.append((self._read.n_whole if goes_on else self._read.n_begun, token))
+            self._read.read(spelled)
+        self._n_sent += len(piece.text)
         out = [token for start, token in self._held if start < self._n_sent]
         self._held = self._held[len(out) :]
         return out
 
 
-def chat_logprobs(table: TokenTable, tokens: Sequence[Token], _: int = 0) -> dict[str, Any]:
+def chat_logprobs(
+    table: TokenTable, tokens: Sequence[Token], _: Letters | None = None
+) -> dict[str, Any]:
     content = [
         {
             **table.entry(token.id, token.logprob),
@@ -123,13 +146,14 @@ def chat_logprobs(table: TokenTable, tokens: Sequence[Token], _: int = 0) -> dic
 
 
 def completion_logprobs(
-    table: TokenTable, tokens: Sequence[Token], offset: int = 0
+    table: TokenTable, tokens: Sequence[Token], before: Letters | None = None
 ) -> dict[str, Any]:
-    """Return a completion's logprobs; ``offset`` letters of its text came before."""
+    """Return a completion's logprobs; ``before`` has read the tokens before, and reads these."""
+    letters = before or Letters()
     offsets = []
     for token in tokens:
-        offsets.append(offset)
-        offset += n_letters(table.bytes_of(token.id))
+        offsets.append(letters.n_begun)
+        letters.read(table.bytes_of(token.id))
     return {
         "tokens": [table.text_of(token.id) for token in tokens],
         "token_logprobs": [table.entry(t.id, t.logprob)["logprob"] for t in tokens],
@@ -139,11 +163,6 @@ def completion_logprobs(
         ],
         "text_offset": offsets,
     }
-
-
-def n_letters(spelled: bytes) -> int:
-    """Return how many characters begin in these bytes of UTF-8."""
-    return sum(byte & 0xC0 != 0x80 for byte in spelled)
 
 
 # ----------------------------------------------------------------------------- usage
@@ -290,7 +309,7 @@ class Chunks:
     ) -> None:
         self._form = form
         self._reader = LogprobReader(table) if table else None
-        self._n_letters = 0
+        self._letters = Letters()
         self.opening = form.opening(index, include_usage)
 
         def parts(inside: str, reason: str) -> tuple[str, str]:
@@ -318,8 +337,7 @@ class Chunks:
 
     def _with_logprobs(self, text: str, tokens: Sequence[Token]) -> str:
         table = self._reader.table
-        logprobs = to_json(self._form.logprobs(table, tokens, self._n_letters))
-        self._n_letters += sum(n_letters(table.bytes_of(token.id)) for token in tokens)
+        logprobs = to_json(self._form.logprobs(table, tokens, self._letters))
         before, after = self._form.text_in_chunk.split("%")
         return f'{before}{to_json(text)}{after},"logprobs":{logprobs}'
 

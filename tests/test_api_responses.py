@@ -16,17 +16,18 @@ from model.api_responses import (
     ChatForm,
     Chunks,
     CompletionForm,
+    LogprobReader,
     TokenTable,
     byte_alphabet,
     event,
-    n_letters,
     to_json,
     tokens_of_text,
 )
 from model.generation import Answer, Engine, Piece
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.sampling import SamplingOptions
+from model.sampling import SamplingOptions, Token
+from model.text_stream import TextStream
 from model.tokenizer import EOS_ID, Tokenizer
 
 PROMPT = [1, 40, 41, 42]
@@ -112,7 +113,6 @@ def test_the_alphabet_is_that_of_byte_level_tokenizers() -> None:
 def test_the_bytes_of_tokens_join_to_the_text(tokenizer, table, text: str) -> None:
     ids = tokenizer.encode(text)
     assert b"".join(table.bytes_of(id) for id in ids) == text.encode()
-    assert sum(n_letters(table.bytes_of(id)) for id in ids) == len(text)
 
 
 def test_names_of_tokens_are_unique_in_a_completion(table: TokenTable, tokenizer) -> None:
@@ -221,6 +221,35 @@ def test_tokens_of_logprobs_spell_the_text_and_nothing_of_a_stop_string(answer, 
         if "\ufffd" not in made.text:
             assert b"".join(spelled).startswith(made.text.encode())
             assert len(b"".join(spelled[:-1])) < len(made.text.encode()) or not made.text
+
+
+BYTES = st.lists(st.integers(3, 258) | st.integers(3, 6399), max_size=8)  # single ones come first
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ids=BYTES)
+def test_offsets_are_those_in_the_text_even_where_bytes_are_no_text(tokenizer, table, ids) -> None:
+    expected = [len(tokenizer.decode(ids[:i])) for i in range(len(ids))]
+    tokens = [Token(id) for id in ids]
+    assert CompletionForm("m", "fp").logprobs(table, tokens)["text_offset"] == expected
+    chunks = stream(CompletionForm("m", "fp"), pieces_of(tokenizer, ids), table)
+    given = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
+    assert [offset for one in given for offset in one["text_offset"]] == expected
+
+
+def pieces_of(tokenizer: Tokenizer, ids: Sequence[int], stop: str = "") -> list[Piece]:
+    text = TextStream(tokenizer, (stop,) if stop else ())
+    pieces = [Piece(text.push(id), Token(id)) for id in ids]
+    return [*pieces, Piece(text.finish(), finish_reason="stop")]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ids=BYTES)
+def test_a_stop_string_after_bytes_that_are_no_text(tokenizer, table, ids: list[int]) -> None:
+    stop = "STOP"
+    pieces = pieces_of(tokenizer, [*ids, *tokenizer.encode(stop)], stop)
+    reader = LogprobReader(table)
+    assert [token.id for piece in pieces for token in reader.read(piece)] == ids
 
 
 def test_the_end_token_is_not_part_of_an_answer(answer, table) -> None:
