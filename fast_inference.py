@@ -53,6 +53,17 @@ def raise_value_error(message: str) -> None:
     raise ValueError(message)
 
 
+def check_named(args: argparse.Namespace) -> None:
+    """Raise now, not on the page, if a flag names a model that is not there."""
+    if args.weights or args.load_from or args.lora:
+        from model.lora import read_adapter_config
+        from model.model_list import chosen_model
+
+        chosen_model(args)
+        if args.lora:
+            read_adapter_config(args.lora)
+
+
 def is_page() -> bool:
     """Say whether streamlit runs this file, not the user."""
     if "streamlit" not in sys.modules:
@@ -79,6 +90,7 @@ def show() -> None:
 def main() -> None:
     """Run this file as streamlit runs a page; does not return."""
     args = parse_args()
+    check_named(args)
     from streamlit.web import cli
 
     options = {

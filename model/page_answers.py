@@ -157,6 +157,8 @@ def list_local(args: argparse.Namespace) -> tuple[list[Any], str]:
         first = chosen_model(args)
     except (FileNotFoundError, ValueError) as error:
         return found, str(error)
+    if first.adapter and not first.adapter.exists():
+        return found, f"{first.adapter} does not exist: name another adapter with --lora"
 
     def place(choice: Any) -> tuple[Any, Any]:
         return choice.path.resolve(), choice.adapter and choice.adapter.resolve()

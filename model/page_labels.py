@@ -76,6 +76,7 @@ ZH = {
     "left_out": "最早的 {n} 条消息放不进上下文，没有送给模型。",
     "no_model": "还没有可以聊天的模型。运行 `make demo` 训练一个小模型（几分钟），或用 "
     "`python fast_inference.py --weights 文件` 指定权重；也可以在左侧连接 API 服务器。",
+    "named_missing": "启动参数指定的模型不存在；没有用其他模型代替",
     "load_failed": "模型无法加载",
     "error_server_away": "连不上服务器",
     "error_auth": "API 密钥不对",
@@ -162,6 +163,7 @@ EN = {
     "left_out": "The {n} oldest messages do not fit the context and were not sent.",
     "no_model": "There is no model to chat with yet. `make demo` trains a small one (minutes), "
     "`python fast_inference.py --weights FILE` names one; or connect to an API server on the left.",
+    "named_missing": "There is no such model as the flags name; no other was taken instead",
     "load_failed": "The model cannot be loaded",
     "error_server_away": "The server is away",
     "error_auth": "The API key is not accepted",

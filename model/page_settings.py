@@ -47,17 +47,23 @@ def pick_source(args: argparse.Namespace, labels: Labels) -> Source | None:
 
 def _pick_local(args: argparse.Namespace, labels: Labels) -> LocalModel | None:
     choices, missing = _list_local(str(vars(args)), args)
+    is_gone = bool(missing and (args.weights or args.load_from or args.lora))
     if not choices:
-        st.session_state.trouble = (labels["no_model"], missing)
+        title = f"**{labels['named_missing']}**" if is_gone else labels["no_model"]
+        st.session_state.trouble = (title, missing)
         return None
     choice = st.selectbox(
         labels["model"],
         choices,
+        index=None if is_gone else 0,
         format_func=lambda choice: choice.name,
         help=labels["model_help"],
         key="local_model",
         persist_state="session",
     )
+    if choice is None:
+        st.session_state.trouble = (f"**{labels['named_missing']}**", missing)
+        return None
     stamps = _stamps(choice.path), choice.adapter and _stamps(choice.adapter)
     try:
         with st.spinner(labels["loading"]):
