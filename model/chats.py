@@ -298,6 +298,30 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>~$:&])", r"\\\1", text).replace("\n", "  \n")
 
 
+def without_images(text: str) -> str:
+    """Return Markdown with its images as links, ``![alt](url)`` as ``[alt](url)``.
+
+    A browser would load an image from wherever an answer says, and so tell that place what is in
+    the address. Code stays as it is only in fences that are surely code: those that begin a line,
+    with nothing before them (HTML, formulas, directives) that may hold a fence which is none.
+    """
+    if not re.search(r"\]\s*[(:\[]", text):  # no image has an address without one of these
+        return text
+    fence, is_sure, lines = "", True, []
+    for line in re.split(r"(?<=\n)|(?<=\r)(?!\n)", text):  # CommonMark's lines, not splitlines()'s
+        if fence:
+            closing = re.fullmatch(r" {0,3}(`{3,}|~{3,})\s*", line)
+            if closing and closing[1][0] == fence[0] and len(closing[1]) >= len(fence):
+                fence = ""
+        elif is_sure and (opening := re.match(r"`{3,}(?=[^`]*$)|~{3,}", line)):
+            fence = opening[0]
+        else:
+            is_sure = is_sure and not re.match(r"[\s>*+\d.)-]*<|.*(\$\$|:::)", line)
+            line = re.sub(r"!+\[", "[", line)
+        lines.append(line)
+    return "".join(lines)
+
+
 # of text that has not fully arrived
 
 # a fence may stand in lists and quotations, so behind their marks

@@ -23,6 +23,7 @@ from .chats import (
     from_json,
     to_json,
     to_markdown,
+    without_images,
 )
 from .page_answers import Source
 from .page_labels import LABELS, LANGUAGES, SUGGESTIONS, language_of
@@ -363,7 +364,7 @@ def _watch(body: Any, facts: Any, reply: Reply, labels: Labels) -> None:
 
 def _draw(body: Any, facts: Any, reply: Reply, labels: Labels) -> None:
     if reply.text.strip():
-        body.markdown(close_fences(reply.text))
+        body.markdown(close_fences(without_images(reply.text)))
     elif not reply.is_done:
         body.caption(labels["waiting"])
     elif not reply.error:

@@ -16,6 +16,7 @@ from model.chats import (
     from_json,
     to_json,
     to_markdown,
+    without_images,
 )
 
 MarkdownIt = pytest.importorskip("markdown_it").MarkdownIt  # streamlit brings it along
@@ -272,3 +273,62 @@ def test_whole_text_is_left_alone() -> None:
 def test_a_formula_is_closed() -> None:
     assert close_fences("so\n$$\nx^2") == "so\n$$\nx^2\n$$"
     assert close_fences("$$x$$ and") == "$$x$$ and"
+
+
+IMAGE = "![a](http://x/y.png)"
+LINK = "[a](http://x/y.png)"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"see {IMAGE}.", f"see {LINK}."),
+        ("![a][r]\n\n[r]: http://x", "[a][r]\n\n[r]: http://x"),
+        ("![r]\n\n[r]: http://x", "[r]\n\n[r]: http://x"),
+        (f"[{IMAGE}](http://z)", f"[{LINK}](http://z)"),
+        (f"!!{IMAGE}", LINK),  # what is left must not make a new one
+        (f"```\n{IMAGE}\n```\n{IMAGE}\n", f"```\n{IMAGE}\n```\n{LINK}\n"),
+        (f"~~~ md\r\n{IMAGE}", f"~~~ md\r\n{IMAGE}"),
+        ("`#![allow(x)]` wow!", "`#![allow(x)]` wow!"),
+        # these fences are none, or end before the image does
+        (f"> ```\n{IMAGE}", f"> ```\n{LINK}"),
+        (f"- a\n\n  ```\n\n{IMAGE}", f"- a\n\n  ```\n\n{LINK}"),
+        (f"a\n    ```\n{IMAGE}", f"a\n    ```\n{LINK}"),
+        (f"<!--\n```\n-->\n{IMAGE}", f"<!--\n```\n-->\n{LINK}"),
+        (f"$$\n```\n$$\n{IMAGE}", f"$$\n```\n$$\n{LINK}"),
+        (f"a\u2028```\n{IMAGE}", f"a\u2028```\n{LINK}"),
+        (f"```\n   ```\n{IMAGE}", f"```\n   ```\n{LINK}"),
+        (f"``` a`b\n{IMAGE}", f"``` a`b\n{LINK}"),
+    ],
+)
+def test_images_become_links(text: str, shown: str) -> None:
+    assert without_images(text) == shown
+    assert without_images(shown) == shown
+
+
+PIECES = (
+    *(
+        "```",
+        "~~~",
+        "````",
+        "\n",
+        "\n\n",
+        "\r",
+        " ",
+        "  ",
+        "    ",
+        "\t",
+        "> ",
+        "- ",
+        "1. ",
+        "\\",
+        "`",
+    ),
+    *("!", "<!--", "-->", "<pre>", "x", "[r]: http://x", "![r]", IMAGE, IMAGE),
+)
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+@settings(deadline=None, max_examples=500)
+def test_no_image_is_left(text: str) -> None:
+    assert "<img" not in MarkdownIt("commonmark").render(close_fences(without_images(text)))

@@ -3,8 +3,8 @@
 import json
 import re
 import string
+import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -264,6 +264,36 @@ def test_without_weights_the_page_says_what_to_run(open_page: Open, tmp_path: Pa
     assert page.chat_input[0].disabled
 
 
+@pytest.mark.parametrize("flag", ["--weights", "--load_from", "--lora"])
+def test_what_a_flag_names_and_is_not_there_is_replaced_by_nothing(
+    open_page: Open, tmp_path: Path, flag: str
+) -> None:
+    page = open_page(flag, tmp_path / "nope")
+    told = page.error[0].value.replace("\\", "")
+    assert ZH["named_missing"] in told and str(tmp_path / "nope") in told
+    assert page.chat_input[0].disabled and page.session_state["source_now"] is None
+    page.segmented_control(key="language").set_value("en").run()
+    assert EN["named_missing"] in page.error[0].value
+    page.selectbox(key="local_model").select_index(0).run()
+    assert not page.error and ask(page, "你好").reply.model == "rl_32", "but others can be chosen"
+
+
+@pytest.mark.parametrize("flag", ["--weights", "--load_from", "--lora"])
+def test_what_a_flag_names_and_is_not_there_is_told_before_the_page_opens(
+    out: Path, tmp_path: Path, flag: str
+) -> None:
+    weights = [] if flag != "--lora" else ["--weights", out / "demo" / "rl_32.pth"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "fast_inference.py", *weights, flag, tmp_path / "nope"],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'nope'} ")
+
+
 def test_models_are_chosen_and_one_that_changed_is_loaded_again(
     open_page: Open, tmp_path: Path
 ) -> None:
@@ -368,12 +398,13 @@ def test_a_full_queue_is_told(open_page: Open) -> None:
     page = open_page()
     source = page.session_state["source_now"]
     assert isinstance(source, LocalModel)
-    before, source.thread.engine.max_queue = source.thread.engine.max_queue, 0
+    engine = source.thread.engine
+    before, engine.max_queue = engine.max_queue, -engine.max_batch  # free slots do not help
     try:
         ask(page, "你好")
         assert any(ZH["error_queue_full"] in error.value for error in page.error)
     finally:
-        source.thread.engine.max_queue = before
+        engine.max_queue = before
     click(page, "refresh")
     assert last(page).reply.text and not page.error
 
@@ -396,13 +427,24 @@ def test_wrong_flags_are_shown(open_page: Open) -> None:
     assert "--no_such_flag" in page.error[0].value
 
 
-def test_a_page_of_many_turns_is_drawn_in_time(open_page: Open) -> None:
+def test_each_turn_of_a_page_is_drawn_once(open_page: Open) -> None:
     page = open_page()
-    chat = chats(page).current
-    for i in range(60):
-        reply = chat.ask(f"q{i}")
-        reply.text, reply.finish_reason = "```python\nx\n", "stop"
-    start = time.monotonic()
+    chat, n_drawn = chats(page).current, []
+    for n_turns in (20, 40, 60):
+        while len(chat.turns) < n_turns:
+            reply = chat.ask(f"q{len(chat.turns)}")
+            reply.text, reply.finish_reason = "```python\nx\n", "stop"
+        page.run()
+        assert not page.exception
+        assert sum(m.value == "```python\nx\n```" for m in page.markdown) == n_turns
+        n_drawn.append(sum(1 for _ in page.main))
+    assert n_drawn[2] - n_drawn[1] == n_drawn[1] - n_drawn[0] <= 20 * 20
+
+
+def test_an_image_of_an_answer_is_shown_as_a_link_and_kept(open_page: Open) -> None:
+    page = open_page()
+    reply = chats(page).current.ask("q")
+    reply.text, reply.finish_reason = "a ![b](http://x/y.png)", "stop"
     page.run()
-    assert time.monotonic() - start < 30 and not page.exception
-    assert sum(m.value == "```python\nx\n```" for m in page.markdown) == 60
+    assert "a [b](http://x/y.png)" in [markdown.value for markdown in page.markdown]
+    assert reply.text == "a ![b](http://x/y.png)"
