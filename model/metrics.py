@@ -59,7 +59,7 @@ class RunLog:
         for line in self.path.read_text("utf-8", errors="replace").split("\n"):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)

@@ -213,7 +213,7 @@ def deepspeed_config(args: argparse.Namespace, runtime: Runtime) -> dict[str, An
     path = Path(args.deepspeed_config)
     try:
         given = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--deepspeed_config {path} is not JSON ({error})") from error
     if not isinstance(given, dict):
         raise ValueError(f"--deepspeed_config {path} holds no JSON object")
