@@ -100,7 +100,7 @@ class Letters:
     @property
     def n_begun(self) -> int:
         """The whole ones, and the one whose bytes are not all there."""
-        return self.n_whole + bool(self._decoder.getstate()[0])
+        return self.n_whole + len(self._decoder.getstate()[0].decode("utf-8", "replace"))
 
     def read(self, spelled: bytes) -> None:
         self.n_whole += len(self._decoder.decode(spelled))
