@@ -165,36 +165,26 @@ def read_replies(folder: str | Path) -> list[Reply]:
         raise FileNotFoundError(
             f"{folder} holds no <subject>_val{SUFFIX}: name a folder that eval_ceval.py wrote"
         )
-    replies: list[Reply] = []
+    replies = []
     for path in paths:
+        subject = path.name.removesuffix(SUFFIX).removesuffix("_val").removesuffix("_dev")
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            try:
-                replies += read_subject(path, reader, len(replies))
-            except csv.Error as error:
-                raise ValueError(f"{path}:{reader.line_num} is no row: {error}") from error
-    return replies
-
-
-def read_subject(path: Path, reader: "csv.DictReader[str]", n_before: int) -> list[Reply]:
-    """Return a subject's replies; see :func:`read_replies`."""
-    subject = path.name.removesuffix(SUFFIX).removesuffix("_val").removesuffix("_dev")
-    missing = set(V1_COLUMNS) - set(reader.fieldnames or ())
-    if missing:
-        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}")
-    replies: list[Reply] = []
-    for row in reader:
-        if row["question"] == "-" and row["llm_answer"] == "-":
-            continue
-        if row["answer"] not in LETTERS or row["llm_answer"] not in LETTERS:
-            raise ValueError(
-                f"{path}:{reader.line_num}: answer {row['answer']!r}, llm_answer "
-                f"{row['llm_answer']!r}, expected letters of {LETTERS}"
-            )
-        options = tuple(row[letter] for letter in LETTERS)
-        number = str(n_before + len(replies))
-        question = Question(subject, number, row["question"], options, row["answer"])
-        replies.append(Reply(question, row["llm_answer"], row.get("option_answer") or None))
+            missing = set(V1_COLUMNS) - set(reader.fieldnames or ())
+            if missing:
+                raise ValueError(f"{path} has no column {', '.join(sorted(missing))}")
+            for row in reader:
+                if row["question"] == "-" and row["llm_answer"] == "-":
+                    continue
+                if row["answer"] not in LETTERS or row["llm_answer"] not in LETTERS:
+                    raise ValueError(
+                        f"{path}:{reader.line_num}: answer {row['answer']!r}, llm_answer "
+                        f"{row['llm_answer']!r}, expected letters of {LETTERS}"
+                    )
+                options = tuple(row[letter] for letter in LETTERS)
+                number = str(len(replies))
+                question = Question(subject, number, row["question"], options, row["answer"])
+                replies.append(Reply(question, row["llm_answer"], row.get("option_answer") or None))
     return replies
 
 

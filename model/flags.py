@@ -314,7 +314,7 @@ def stage_in(path: str | None) -> int:
     try:
         with open(path or os.devnull, encoding="utf-8") as file:
             stage = json.load(file)["zero_optimization"]["stage"]
-    except (ValueError, KeyError, TypeError, RecursionError):  # a damaged file is told of when it is used
+    except (ValueError, KeyError, TypeError, RecursionError):  # told of when the file is used
         return 1
     return stage if isinstance(stage, int) else 1
 

@@ -345,12 +345,6 @@ def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "law_val_result.csv", row, header=report.V1_COLUMNS)
     with pytest.raises(ValueError, match=r"law_val_result.csv:2: answer 'A', llm_answer 'x'"):
         report.read_replies(tmp_path)
-    with open(tmp_path / "law_val_result.csv", "a") as file:
-        file.write("q" * 200_000)  # longer than a field may be
-    rows = (tmp_path / "law_val_result.csv").read_text().replace(",x,", ",B,")
-    (tmp_path / "law_val_result.csv").write_text(rows)
-    with pytest.raises(ValueError, match=r"law_val_result.csv:\d is no row: field larger than"):
-        report.read_replies(tmp_path)
 
 
 def test_the_submission_has_every_id_of_every_subject(tmp_path: Path) -> None:
