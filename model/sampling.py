@@ -85,8 +85,7 @@ class SamplingOptions:
         check("frequency_penalty", abs(self.frequency_penalty) <= 100, "in -100..100 (off: 0)")
         check("stop", all(isinstance(s, str) and s for s in stop), "made of non-empty strings")
         check("seed", seed is None or isinstance(seed, int), "a whole number")
-        bias = [*self.logit_bias.keys(), *self.logit_bias.values()]
-        in_range = all(is_int(i, 0) for i in self.logit_bias) and all(abs(b) < 1e4 for b in bias)
+        in_range = all(is_int(i, 0) and abs(b) <= 1e4 for i, b in self.logit_bias.items())
         check("logit_bias", in_range, "made of ids and numbers of at most 10,000")
         check("logprobs", n is None or is_int(n, 0), "a whole number of at least 0")
 

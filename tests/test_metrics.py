@@ -41,7 +41,9 @@ def test_a_start_keeps_only_what_it_is_told_to(tmp_path: Path) -> None:
     assert lines(log) == []
 
 
-@pytest.mark.parametrize("torn", ('{"step": 3, "lo', "\0\0\0\0", "[3]", '{"step": "3"}', "\udcff", "[" * 100_000))
+@pytest.mark.parametrize(
+    "torn", ('{"step": 3, "lo', "\0\0\0\0", "[3]", '{"step": "3"}', "\udcff", "[" * 100_000)
+)
 def test_a_line_torn_by_a_kill_is_left_out(tmp_path: Path, torn: str) -> None:
     log = make_log(tmp_path, (1, 2))
     with open(log.path, "a", encoding="utf-8", errors="surrogateescape") as file:

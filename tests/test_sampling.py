@@ -116,6 +116,11 @@ def test_what_the_penalties_count() -> None:
         assert [choose(sampler, flat), choose(sampler, flat)] == [10, 20]  # the answer alone counts
 
 
+def test_a_bias_may_be_on_an_id_of_a_large_vocabulary() -> None:
+    biased = Sampler(SamplingOptions(temperature=0, logit_bias={151_642: 1.0}), [], 151_643)
+    assert choose(biased, torch.zeros(151_643)) == 151_642
+
+
 def test_a_bias_is_added_to_the_logits() -> None:
     logits = random_logits(rows=1)[0]
     likeliest = int(logits.argmax())
