@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.checkpoint import load_for_inference  # noqa: E402 (the line above finds it)
-from model.engine_thread import EngineThread  # noqa: E402
+from model.engine_thread import EngineThread, apart  # noqa: E402
 from model.flags import weights_flags  # noqa: E402
 from model.generation import Answer, Engine, Piece  # noqa: E402
 from model.sampling import SamplingOptions  # noqa: E402
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--max_batch", type=int, default=8)
     weights_flags(parser)
     args = parser.parse_args()
-    loaded = load_for_inference(args)
+    loaded = apart(lambda: load_for_inference(args))
     thread = EngineThread(Engine(loaded.model, loaded.tokenizer, max_batch=args.max_batch))
     thread.start()
     print("ready", flush=True)

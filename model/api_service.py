@@ -18,7 +18,7 @@ from .api_errors import (
     unknown_model,
 )
 from .checkpoint import Loaded
-from .engine_thread import EngineThread, Pieces
+from .engine_thread import EngineThread, Pieces, apart
 from .generation import Answer, Engine, Piece, QueueFull
 from .model_list import ModelChoice
 from .sampling import SamplingOptions
@@ -347,7 +347,7 @@ class Service:
             Exception: as ``open_models``.
         """
         loop = asyncio.get_running_loop()
-        found = await asyncio.to_thread(self._open_models, loop)
+        found = await asyncio.to_thread(apart, lambda: self._open_models(loop))
         for served in found:
             served.thread.start()
         self.models = {served.name: served for served in found}

@@ -4,11 +4,25 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from .generation import Answer, Engine, Piece, QueueFull
 from .sampling import SamplingOptions
 
+Result = TypeVar("Result")
 Pieces = list[tuple[Answer, Piece]]
+
+
+def apart(work: Callable[[], Result]) -> Result:
+    """Return the result of work done in a thread that ends with it.
+
+    Every thread that ever computed keeps a team of helpers (OpenMP's). With more of them than cores
+    they no longer wait busily for the next operation but sleep, and being woken takes as long as an
+    operation: an engine whose model was loaded in another living thread is a third slower.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 class Inbox:

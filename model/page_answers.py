@@ -141,9 +141,10 @@ class _LocalJob(Job):
 
 def load_local(choice: Any, args: argparse.Namespace) -> LocalModel:
     """Load a :class:`model.model_list.ModelChoice` and start its engine."""
+    from .engine_thread import apart
     from .model_list import open_model
 
-    return LocalModel(open_model(choice, args), choice.name)
+    return LocalModel(apart(lambda: open_model(choice, args)), choice.name)
 
 
 def list_local(args: argparse.Namespace) -> tuple[list[Any], str]:

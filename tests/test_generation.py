@@ -13,7 +13,7 @@ import torch
 from talkers import GREEDY, PROMPT, V, ids_of, tiny_model
 from torch import Tensor, nn
 
-from model.engine_thread import EngineThread
+from model.engine_thread import EngineThread, apart
 from model.generation import Answer, Engine, Piece, QueueFull, generate
 from model.model import MiniMindForCausalLM
 from model.sampling import SamplingOptions, Token
@@ -703,6 +703,15 @@ def test_closing_ends_every_reader(talker: MiniMindForCausalLM, tokenizer: Token
     thread.close()
     for answer in answers:
         assert list(thread.iterate(answer))[-1].is_last
+
+
+def test_what_is_done_apart_leaves_no_thread() -> None:
+    before = threading.enumerate()
+    found = apart(lambda: (threading.current_thread(), torch.ones(3).sum()))
+    assert found[0] not in before and not found[0].is_alive() and found[1] == 3
+    assert threading.enumerate() == before
+    with pytest.raises(FileNotFoundError, match="gone"):
+        apart(lambda: open("gone"))
 
 
 def test_one_delivery_a_step(talker: MiniMindForCausalLM, tokenizer: Tokenizer) -> None:
