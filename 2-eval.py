@@ -8,8 +8,16 @@ what --weights or --load_from names.
 import argparse
 from collections import deque
 
-from model.flags import non_negative, run_main, weights_flags
-from model.terminal import ask, introduce, sampling_flags, sampling_options, show
+from model.flags import run_main, weights_flags
+from model.terminal import (
+    ask,
+    check_history,
+    history_flag,
+    introduce,
+    sampling_flags,
+    sampling_options,
+    show,
+)
 
 QUESTIONS = (
     "你好",
@@ -36,17 +44,11 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--interactive", action="store_true", help="type questions; exit ends")
     what.add_argument("--prompt", action="append", metavar="TEXT", help="a question; repeatable")
     parser.add_argument("--system", metavar="TEXT", help="a system text before the conversation")
-    parser.add_argument(
-        "--history_cnt",
-        type=non_negative(int),
-        default=4,
-        help="messages remembered in --interactive, questions and answers (default 4; 0: none)",
-    )
+    history_flag(parser, " in --interactive")
     weights_flags(parser)
     sampling_flags(parser, max_new_tokens=512, temperature=0.7, top_k=16)
     args = parser.parse_args()
-    if args.history_cnt % 2:
-        parser.error(f"--history_cnt {args.history_cnt} is odd: a turn is a question and an answer")
+    check_history(parser, args)
     return args
 
 

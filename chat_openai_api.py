@@ -9,9 +9,9 @@ import argparse
 import os
 import sys
 
-from model.flags import non_negative, run_main
+from model.flags import run_main
 from model.remote import DEFAULT_URL
-from model.terminal import sampling_flags
+from model.terminal import check_history, history_flag, sampling_flags
 
 SAMPLING = (
     "max_new_tokens temperature top_k top_p min_p repetition_penalty presence_penalty "
@@ -38,16 +38,10 @@ def parse_args() -> argparse.Namespace:
         help="default: OPENAI_API_KEY; ours asks for one only where it was started with one",
     )
     parser.add_argument("--system", default="", metavar="TEXT", help="a system text")
-    parser.add_argument(
-        "--history_cnt",
-        type=non_negative(int),
-        default=4,
-        help="messages remembered, questions and answers (default 4; 0: none)",
-    )
+    history_flag(parser)
     sampling_flags(parser, **dict.fromkeys(set(SAMPLING) - {"stop"}))
     args = parser.parse_args()
-    if args.history_cnt % 2:
-        parser.error(f"--history_cnt {args.history_cnt} is odd: a turn is a question and an answer")
+    check_history(parser, args)
     if not args.base_url.startswith(("http://", "https://")):
         parser.error(f"--base_url {args.base_url} does not begin with http:// or https://")
     if not args.api_key.isascii():

@@ -12,8 +12,8 @@ import argparse
 import os
 import sys
 
-from model.flags import non_negative, positive, run_main, weights_flags
-from model.terminal import sampling_flags
+from model.flags import positive, run_main, weights_flags
+from model.terminal import check_history, history_flag, sampling_flags
 
 
 def parse_args(argv: list[str] | None = None, *, in_page: bool = False) -> argparse.Namespace:
@@ -31,17 +31,11 @@ def parse_args(argv: list[str] | None = None, *, in_page: bool = False) -> argpa
         help="for --base_url, and sent nowhere else; visitors use it and do not see it (default: "
         "OPENAI_API_KEY)",
     )
-    page.add_argument(
-        "--history_cnt",
-        type=non_negative(int),
-        default=4,
-        help="messages remembered, questions and answers (default 4; 0: none)",
-    )
+    history_flag(page)
     weights_flags(parser)
     sampling_flags(parser, max_new_tokens=512, temperature=0.7, top_k=16)
     args = parser.parse_args(argv)
-    if args.history_cnt % 2:
-        parser.error(f"--history_cnt {args.history_cnt} is odd: a turn is a question and an answer")
+    check_history(parser, args)
     if args.api_key and not args.base_url:
         parser.error("--api_key needs --base_url, the only address that it is sent to")
     if args.base_url and args.api_key is None:

@@ -2,11 +2,9 @@
 
 import asyncio
 import hashlib
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from .api_errors import (
     ApiError,
@@ -42,9 +40,9 @@ class Served:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.name = choice.name
-        self.choice = choice
         self.tokenizer = loaded.tokenizer
         self.engine = engine
+        self.context = engine.context
         self.thread = EngineThread(engine, self._deliver)
         self.n_params = loaded.n_params
         self.fingerprint = fingerprint(loaded)
@@ -57,10 +55,6 @@ class Served:
         self.at_rest.set()
         self._replies: set[Reply] = set()  # under way
         self._loop = loop
-
-    @cached_property
-    def context(self) -> int:
-        return self.engine.context
 
     def _deliver(self, pieces: Pieces) -> None:
         """Hand a step's pieces to the event loop; called in the engine's thread."""
@@ -328,7 +322,6 @@ class Service:
     ) -> None:
         self.models: dict[str, Served] = {}
         self.defaults = defaults
-        self.started_at = time.time()
         self._open_models = open_models
         self._is_strict = is_strict
         self._state = "loading"

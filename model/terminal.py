@@ -42,6 +42,22 @@ def sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     parser.set_defaults(**defaults)
 
 
+def history_flag(parser: argparse._ActionsContainer, where: str = "") -> None:
+    """Add ``--history_cnt``; :func:`check_history` says whether what was given makes sense."""
+    parser.add_argument(
+        "--history_cnt",
+        type=non_negative(int),
+        default=4,
+        help=f"messages remembered{where}, questions and answers (default 4; 0: none)",
+    )
+
+
+def check_history(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error where half a turn is asked for."""
+    if args.history_cnt % 2:
+        parser.error(f"--history_cnt {args.history_cnt} is odd: a turn is a question and an answer")
+
+
 def sampling_options(args: argparse.Namespace) -> "SamplingOptions":
     """Return the options that :func:`sampling_flags` parsed."""
     from .sampling import SamplingOptions
@@ -60,11 +76,16 @@ def introduce(loaded: "Loaded") -> None:
     )
 
 
+def prepare_input() -> None:
+    """Let ``input()`` edit lines, wide characters too, and take any bytes."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        importlib.import_module("readline")
+    sys.stdin.reconfigure(errors="replace")
+
+
 def ask(label: str) -> Iterator[str]:
     """Yield the lines that a user types, until exit, the end of the input, or Ctrl-C."""
-    with contextlib.suppress(ImportError):  # Windows has none
-        importlib.import_module("readline")  # input() then edits lines, wide characters too
-    sys.stdin.reconfigure(errors="replace")
+    prepare_input()
     while True:
         try:
             line = input(label)

@@ -1,7 +1,5 @@
 """A conversation with an OpenAI-style server on a terminal, or through pipes."""
 
-import contextlib
-import importlib
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +8,7 @@ from typing import Any
 
 from .chats import Chat, Reply, to_json, to_markdown
 from .remote import explain, is_too_long, read_chunk, request_fields, without_oldest
+from .terminal import prepare_input
 
 LABEL = "用户: "
 HELP = """\
@@ -27,9 +26,7 @@ def read_lines(label: str) -> Iterator[str]:
 
     Ctrl-C, which may come a moment after the answer it was for, only asks for a second one.
     """
-    with contextlib.suppress(ImportError):  # Windows has none
-        importlib.import_module("readline")  # input() then edits lines, wide characters too
-    sys.stdin.reconfigure(errors="replace")
+    prepare_input()
     is_typed, was_interrupted = sys.stdin.isatty(), False
     while True:
         try:

@@ -88,7 +88,7 @@ ARROWS: dict[str, str] = {
     # the page and the terminal client
     "chats": "",
     "remote": "",
-    "terminal_client": "chats remote",
+    "terminal_client": "chats remote terminal",
     "page_labels": "",
     "page_answers": "chats engine_thread generation model_list prompts remote sampling",
     "page_settings": "chats page_answers remote",
