@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .LMConfig import MODELS, LMConfig, parse_rope_scaling
 from .lora import (
@@ -27,7 +28,7 @@ from .lora import (
     save_adapter,
 )
 from .model import MiniMindForCausalLM
-from .packed import pack
+from .packed import can_pack, pack
 from .runtime import inference_dtype, pick_device
 from .states import atomic_write, load_tensors, save_tensors, write_json
 from .tokenizer import DEFAULT_TOKENIZER, Tokenizer
@@ -396,9 +397,25 @@ def filled_model(config: LMConfig, state: StateDict, path: Path) -> MiniMindForC
         ValueError: they do not fit.
     """
     check_size(config, state, path)
-    model = MiniMindForCausalLM(config)
+    with Unfilled():
+        model = MiniMindForCausalLM(config)
     load_strictly(model, state, path)
     return model
+
+
+class Unfilled(TorchFunctionMode):
+    """A context in which new parameters get no random numbers, because weights follow.
+
+    To draw them takes as long as to read and check the weights, and no draw is made before the
+    first that counts.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def load_strictly(model: MiniMindForCausalLM, state: StateDict, path: Path) -> None:
@@ -588,14 +605,22 @@ def load_for_inference(
     asked; the adapter that ``--lora`` names is merged into it.
 
     Args:
-        packed: lay the weights out for speed, where the device allows; they cannot be read then.
+        packed: lay the weights out for speed, where the device allows; they cannot be read then,
+            and all else is in fp32.
+
+    Raises:
+        ValueError: int8 where it cannot be: unpacked, or without the kernels.
     """
+    device = pick_device(args.device)
+    dtype = inference_dtype(args.dtype, device)
+    if dtype == torch.int8 and not (packed and can_pack(dtype)):
+        why = "this processor's torch has no such kernels" if packed else "it only answers"
+        raise ValueError(f"--dtype int8: {why}; use bfloat16 or float32")
     loaded = load_model(find_weights(args, purpose), args)
     if args.lora:
         attach_adapter(loaded, Path(args.lora))
         merge_adapter(loaded.model)
-    device = pick_device(args.device)
-    loaded.model.to(device=device, dtype=inference_dtype(args.dtype, device)).eval()
-    if packed:
-        pack(loaded.model)
+    loaded.model.to(device=device).eval()
+    if not (packed and pack(loaded.model, dtype)):
+        loaded.model.to(dtype=dtype)
     return loaded

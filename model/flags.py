@@ -112,14 +112,19 @@ def model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def device_flags(group: argparse._ArgumentGroup) -> None:
-    """Add where and in which precision to compute."""
+def device_flags(group: argparse._ArgumentGroup, *, answers: bool = False) -> None:
+    """Add where and in which precision to compute; what only ``answers`` has one more."""
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    text = "auto: what the device is fast in"
+    if answers:
+        dtypes.append("int8")
+        text = "auto: bfloat16 on CUDA, else float32; int8: weights of 8 bits, fastest on a CPU"
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     group.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: what the device is fast in",
+        choices=dtypes,
+        help=text,
     )
 
 
@@ -132,7 +137,7 @@ def weights_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--lora", metavar="FOLDER", help="an adapter of 4-lora_sft.py or of peft")
     group.add_argument("--out_dir", default="out", help="where the stages left their weights")
-    device_flags(group)
+    device_flags(group, answers=True)
     model_flags(parser)
 
 
@@ -241,6 +246,12 @@ def training_parser(
     machine = parser.add_argument_group("machine")
     device_flags(machine)
     add_switch(machine, "--compile", "torch.compile the model; needs a C++ compiler on CPU")
+    add_switch(
+        machine,
+        "--fused",
+        "blocks with their backward written by hand, on CPUs (default true; false: plain autograd)",
+        default=True,
+    )
     machine.add_argument(
         "--num_workers", type=positive(int), help="threads that tokenise (default: every core)"
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .answers import Answer, Piece
+from .fast_step import fast_step
 from .sampling import Sampler, SamplingOptions, Token, choose_tokens
 from .slot_cache import PromptView, SlotCache, StepView
 from .text_stream import TextStream
@@ -101,6 +102,7 @@ class Engine:
         self.deterministic = deterministic
         self.counters = EngineCounters()
         tune_threads = tune_threads and not deterministic and self._device.type == "cpu"
+        self._fast_step = fast_step(model)
         self._threads = ThreadTuner() if tune_threads else None
         self._lock = threading.Lock()  # of the queue
         self._queue: deque[Answer] = deque()
@@ -340,6 +342,10 @@ class Engine:
         Args:
             slot: of the only row; None: a token each for the first slots.
         """
+        if self._fast_step is not None and len(ids[0]) == 1 and n_last == 0:
+            last = [row[0] for row in ids]
+            with self._threads.step(len(ids)) if self._threads else nullcontext():
+                return self._fast_step(self._cache, last, slot or 0)
         if slot is None:
             view = StepView(self._cache, len(ids), self._device)
             places = {"position_ids": view.positions[:, None], "attention_mask": view.mask()}

@@ -197,7 +197,16 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
 def inference_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the precision of the weights for inference; ``auto`` is bf16 on CUDA, fp32
     elsewhere.
+
+    Raises:
+        ValueError: int8 elsewhere than on a CPU.
     """
+    if name == "int8":
+        if device.type != "cpu":
+            raise ValueError(
+                f"--dtype int8 is for CPUs, this is {device.type}: use bfloat16, or --device cpu"
+            )
+        return torch.int8
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ALIGNMENT = 64  # bytes, of a cache line: products may add in another order where it differs
+
 
 class SlotCache:
     """For each layer keys and values (n_slots, K, capacity, Dh), and whose tokens they are.
@@ -24,13 +26,20 @@ class SlotCache:
         self.n_slots, self.capacity = n_slots, capacity
         self.ids: list[list[int]] = [[] for _ in range(n_slots)]  # the tokens a slot holds
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, layer_id: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of all slots; ``k`` and ``v`` (…, K, T, Dh) show their shape."""
         if layer_id not in self._layers:
             shape = self.n_slots, k.shape[1], self.capacity, k.shape[3]
-            self._layers[layer_id] = lazy_zeros(shape, k), lazy_zeros(shape, v)
+            keys, values = lazy_zeros(shape, k), lazy_zeros(shape, v)
+            self._layers[layer_id] = keys, values
+            self._rows[layer_id] = keys.flatten(0, 1), values.flatten(0, 1)
         return self._layers[layer_id]
+
+    def rows(self, layer_id: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values with slots and heads as one, (n_slots * K, capacity, Dh)."""
+        return self._rows[layer_id]
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, n_tokens: int) -> None:
@@ -61,7 +70,10 @@ def lazy_zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     n_bytes = math.prod(shape) * like.element_size()
-    return torch.from_numpy(np.zeros(n_bytes, np.uint8)).view(like.dtype).view(*shape)
+    memory = np.zeros(n_bytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    memory = memory[start : start + n_bytes]
+    return torch.from_numpy(memory).view(like.dtype).view(*shape)
 
 
 class PromptView:
