@@ -413,9 +413,10 @@ class Unfilled(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]  # a Tensor's own, or of torch.nn.init
+        return function(*args, **kwargs)
 
 
 def load_strictly(model: MiniMindForCausalLM, state: StateDict, path: Path) -> None:

@@ -90,6 +90,21 @@ def test_weights_come_back_with_their_configuration(
     assert sorted(p.name for p in path.parent.iterdir()) == ["a.json", "a.pth"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_draws_no_random_numbers(
+    tmp_path: Path, make: Build, tokenizer: Tokenizer, flags: Flags, kind: str
+) -> None:
+    """They would be overwritten, and drawing those of 26 M parameters takes half of the loading."""
+    path = tmp_path / "a.pth"
+    save_weights(make(**KINDS[kind]), path, tokenizer)
+    before = torch.get_rng_state()
+    model = load_model(path, flags()).model
+    assert torch.equal(torch.get_rng_state(), before)
+    make(**KINDS[kind])
+    assert not torch.equal(torch.get_rng_state(), before)  # a new model draws them
+    assert model.output.weight is model.tok_embeddings.weight
+
+
 def test_the_file_is_a_state_dict_that_torch_reads_without_code(
     tmp_path: Path, make: Build, tokenizer: Tokenizer
 ) -> None:
