@@ -12,9 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .fused import fuse
 from .model import MiniMindForCausalLM
 from .optim import make_optimizer
 from .runtime import Runtime
+
+
+def is_fused(args: argparse.Namespace, runtime: Runtime) -> bool:
+    """Whether blocks are computed by :mod:`model.fused`; DeepSpeed hands weights only to modules
+    that are called, and compiled code has its own ways.
+    """
+    plain = args.compile or args.zero_stage > 0 or not args.fused
+    return runtime.device.type == "cpu" and not plain
 
 
 class Engine:
@@ -63,6 +72,8 @@ class Engine:
                 **{sync_flag: False},
             )
         if not self.args.compile:
+            if is_fused(self.args, self.runtime):
+                fuse(self.model)
             return
         if self.runtime.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
             self.runtime.warn("--compile needs g++ or clang++ on a CPU; going on without")

@@ -60,6 +60,7 @@ def training_memory(
     zero_stage: int = 0,
     offload: bool = False,
     reference: nn.Module | None = None,
+    fused: bool = False,
 ) -> int:
     """Estimate the bytes that training takes at its peak on each rank, beside the process itself.
 
@@ -71,8 +72,10 @@ def training_memory(
         zero_stage: of DeepSpeed; 0 is without it.
         offload: the optimizer is elsewhere, at stage 3 the weights too.
         reference: a second model that is held beside it.
+        fused: the blocks are those of :mod:`model.fused`.
     """
-    kept = kept_for_backward(model, tokens_per_batch, dtype)
+    keeps = kept_by_fused_blocks if fused else kept_for_backward
+    kept = keeps(model, tokens_per_batch, dtype)
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = parameter_bytes(model) + parameter_bytes(reference) - trained
     if zero_stage == 0:
@@ -110,6 +113,26 @@ def kept_for_backward(model: MiniMindForCausalLM, tokens_per_batch: int, dtype: 
     per_layer = (58 / 13 if is_half else 4) * rows * config.dim + 4 * dtype.itemsize * width
     logits = config.vocab_size * (dtype.itemsize + 8)  # as computed, in fp32, their gradient
     return round(tokens_per_batch * (config.n_layers * per_layer + logits))
+
+
+def kept_by_fused_blocks(
+    model: MiniMindForCausalLM, tokens_per_batch: int, dtype: torch.dtype
+) -> int:
+    """Return the bytes that a micro-batch keeps for the backward pass of :mod:`model.fused`.
+
+    Of a block two normed inputs, q, k, v, what attention gave, and w1's and w3's results; the
+    gradients of what is being gone back through, of the head's weight, of some rows' logits.
+    """
+    config = model.config
+    width = config.hidden_dim
+    rows = 4.0 * config.dim + 2 * config.n_kv_heads * config.head_dim
+    if config.use_moe:
+        width *= config.num_experts_per_tok + config.n_shared_experts
+        rows += (config.num_experts_per_tok + 4) * config.dim
+    per_layer = dtype.itemsize * (rows + 2 * width)
+    passing = 4 * 4 * config.dim + 3 * dtype.itemsize * width
+    head = config.vocab_size * (4 * config.dim + min(tokens_per_batch, 512) * 10)
+    return round(tokens_per_batch * (config.n_layers * per_layer + passing) + head)
 
 
 def parameter_bytes(model: nn.Module | None) -> int:

@@ -77,27 +77,13 @@ class LossSums:
 LossFn = Callable[[nn.Module, Batch], LossSums]
 
 
-def masked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the summed cross-entropy in nats over the targets that are not ``IGNORED``.
-
-    A sum and not a mean: the caller divides by the number of trained tokens of the whole update, so
-    that neither micro-batches nor accumulation nor ranks change the mathematics.
-
-    Args:
-        logits: (B, T, V), any float type; the sum is taken in fp32.
-        targets: (B, T), ids or ``IGNORED``.
-    """
-    flat = logits.flatten(0, 1).float()
-    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
 def language_model_loss(model: nn.Module, batch: Batch) -> LossSums:
     """Return the loss of pretraining and of fine-tuning: next-token cross-entropy."""
-    out = run_model(model, batch)
-    return LossSums(masked_cross_entropy(out.logits, batch.targets), out.aux_loss)
+    out = run_model(model, batch, targets=batch.targets)
+    return LossSums(out.loss, out.aux_loss)
 
 
-def run_model(model: nn.Module, batch: Batch) -> Any:
+def run_model(model: nn.Module, batch: Batch, **kwargs: Any) -> Any:
     """Return the model's output for a batch."""
     return model(
         input_ids=batch.inputs,
@@ -105,6 +91,7 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
         position_ids=batch.position_ids,
         token_mask=batch.token_mask,
         use_cache=False,
+        **kwargs,
     )
 
 

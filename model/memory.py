@@ -11,6 +11,7 @@ from torch import nn
 
 from .console import human
 from .course import Schedule
+from .engine import is_fused
 from .estimate import process_memory, training_memory
 from .LMConfig import LMConfig
 from .model import MiniMindForCausalLM
@@ -62,6 +63,7 @@ class Budget:
             zero_stage=self.args.zero_stage,
             offload=self.args.offload and self.runtime.device.type != "cpu",
             reference=self.reference,
+            fused=is_fused(self.args, self.runtime) and "lora_rank" not in self.args,
         )
 
     def fitting(self) -> int | None:

@@ -430,9 +430,13 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_router_logits: bool = False,
         token_mask: Tensor | None = None,
+        targets: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Return logits (B, T, V), or of the positions that ``logits_to_keep`` names.
+
+        ``targets`` (B, T), the ids that follow, -100 where nothing is learnt, give their summed
+        cross-entropy in nats as ``loss``, and no logits.
 
         ``labels`` (B, T) are the inputs themselves, -100 where nothing is learnt; they are shifted
         here. The loss is the mean in nats per label plus, in training, an MoE's balance loss
@@ -452,6 +456,10 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             token_mask=token_mask,
         )
         x = out.last_hidden_state
+        if targets is not None:
+            return MoeCausalLMOutputWithPast(
+                loss=self.summed_loss(x, targets), aux_loss=out.balance_loss
+            )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.output(x[:, keep])
         loss = None
@@ -469,6 +477,26 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             attentions=out.attentions,
             router_logits=out.router_logits,
         )
+
+    def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy of ``targets`` (B, T) after normed states ``x`` (B, T, D),
+        summed in fp32, in nats.
+        """
+        return masked_cross_entropy(self.output(x), targets)
+
+
+def masked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed cross-entropy in nats over the targets that are not -100.
+
+    A sum and not a mean: the caller divides by the number of trained tokens of the whole update, so
+    that neither micro-batches nor accumulation nor ranks change the mathematics.
+
+    Args:
+        logits: (B, T, V), any float type; the sum is taken in fp32.
+        targets: (B, T), ids or -100.
+    """
+    flat = logits.flatten(0, 1).float()
+    return F.cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="sum")
 
 
 def part_of_batch(

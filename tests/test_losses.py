@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from test_reference import llama_of
 
-from model.losses import IGNORED, Batch, language_model_loss, masked_cross_entropy
-from model.model import MiniMindForCausalLM
+from model.losses import IGNORED, Batch, language_model_loss
+from model.model import MiniMindForCausalLM, masked_cross_entropy
 
 Build = Callable[..., MiniMindForCausalLM]
 

@@ -1,0 +1,179 @@
+"""An attention block with its backward written by hand.
+
+Attention goes by blocks of queries, and backward computes the weights again: FlashAttention
+(arXiv:2205.14135, section 3.1), but in blocks as large as a core's cache, and with the library's
+products: torch's own kernel for CPUs takes two to three times as long (benchmarks/LOG.md).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .fused_pieces import joined, joined_backward, normed, normed_backward, product
+
+QUERIES = 128  # of a block of attention
+SCORES = 1 << 20  # computed at once, 2 or 4 MB: what stays in a core's second-level cache
+
+
+def turned(x: Tensor, angles: Tensor, out: Tensor) -> None:
+    """Write neighbouring pairs of ``x`` (B, T, H, Dh) turned by complex ``angles`` (B or 1, T, 1,
+    Dh / 2) to ``out``, of the same shape.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2)).contiguous()
+    out.copy_(torch.view_as_real(torch.view_as_complex(pairs).mul_(angles)).flatten(-2))
+
+
+def blocks(q: Tensor, bias: Tensor | None) -> list[tuple[slice, slice, Tensor]]:
+    """Return the blocks that attention goes through: which rows of the batch, which queries, and
+    what is added to the scores of their last keys.
+
+    Args:
+        q: (B, K, G, T, Dh).
+        bias: (B or 1, T, T), added to all scores; None: causal.
+    """
+    B, K, G, T, _ = q.shape
+    size = min(QUERIES, T)
+    n_rows = max(1, SCORES // (K * G * size * T))
+    future = torch.ones(1, size, size, dtype=torch.bool).triu_(1)
+    causal = as_bias(future, q.dtype)
+    parts = []
+    for row in range(0, B, n_rows):
+        rows = slice(row, min(row + n_rows, B))
+        for start in range(0, T, size):
+            end = min(start + size, T)
+            if bias is None:
+                added = causal[:, : end - start, : end - start]
+            else:
+                added = bias[rows if len(bias) > 1 else slice(None), start:end, :end]
+            parts.append((rows, slice(start, end), added))
+    return parts
+
+
+def as_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what hides the scores where ``hidden`` is true; not -inf: a row without any key would
+    be NaN.
+    """
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, added: Tensor, shape: tuple[int, int, int, int]
+) -> Tensor:
+    """Return what part each key has in each query's answer.
+
+    Args:
+        q: scaled queries (n * K, G * size, Dh).
+        k: (n * K, keys, Dh).
+        added: to the scores of the last keys, (n or 1, size, that many).
+        shape: n, K, G, size.
+    """
+    scores = torch.bmm(q, k.transpose(1, 2))
+    view = scores.view(shape[0], -1, shape[3], k.shape[1])
+    view[..., -added.shape[-1] :] += added[:, None]
+    return scores.softmax(-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Return causal attention's result (B, T, D) for scaled ``q`` (B, K, G, T, Dh) and ``k``, ``v``
+    (B, K, T, Dh).
+    """
+    B, K, G, T, head_dim = q.shape
+    out = q.new_empty(B, T, K, G, head_dim)
+    for rows, queries, added in blocks(q, bias):
+        n, size = rows.stop - rows.start, queries.stop - queries.start
+        q_part = q[rows, :, :, queries].reshape(n * K, G * size, head_dim)
+        k_part = k[rows].flatten(0, 1)[:, : queries.stop]
+        v_part = v[rows].flatten(0, 1)[:, : queries.stop]
+        weights = attention_weights(q_part, k_part, added, (n, K, G, size))
+        found = torch.bmm(weights, v_part).view(n, K, G, size, head_dim)
+        out[rows, queries] = found.permute(0, 3, 1, 2, 4)
+    return out.flatten(2)
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of :func:`attend` for (B, T, D) ``grad``, those of k and v in fp32."""
+    B, K, G, T, head_dim = q.shape
+    grad = grad.view(B, T, K, G, head_dim).permute(0, 2, 3, 1, 4)
+    q_grad = torch.empty_like(q)
+    k_grad = torch.zeros(k.shape)
+    v_grad = torch.zeros(v.shape)
+    for rows, queries, added in blocks(q, bias):
+        n, size = rows.stop - rows.start, queries.stop - queries.start
+        q_part = q[rows, :, :, queries].reshape(n * K, G * size, head_dim)
+        k_part = k[rows].flatten(0, 1)[:, : queries.stop]
+        v_part = v[rows].flatten(0, 1)[:, : queries.stop]
+        part = grad[rows, :, :, queries].reshape(n * K, G * size, head_dim)
+        weights = attention_weights(q_part, k_part, added, (n, K, G, size))
+        v_grad[rows].flatten(0, 1)[:, : queries.stop] += torch.bmm(weights.transpose(1, 2), part)
+        weights_grad = torch.bmm(part, v_part.transpose(1, 2))
+        scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
+        k_grad[rows].flatten(0, 1)[:, : queries.stop] += torch.bmm(
+            scores_grad.transpose(1, 2), q_part
+        )
+        q_grad[rows, :, :, queries] = torch.bmm(scores_grad, k_part).view(n, K, G, size, head_dim)
+    return q_grad, k_grad, v_grad
+
+
+class AttentionBlock(Function):
+    """``x + attention(norm(x))``, see :class:`model.model.Attention`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        wq: Tensor,
+        wk: Tensor,
+        wv: Tensor,
+        wo: Tensor,
+        angles: Tensor,
+        bias: Tensor | None,
+        head_dim: int,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        B, T, D = x.shape
+        H, K = wq.shape[0] // head_dim, wk.shape[0] // head_dim
+        x_normed, scale = normed(x.reshape(-1, D), eps, dtype)
+        qkv = product(x_normed, joined([wq, wk, wv], norm_weight, dtype))
+        heads = qkv.view(B, T, H + 2 * K, head_dim)
+        q = qkv.new_empty(B, K, H // K, T, head_dim)
+        k, v = qkv.new_empty(B, K, T, head_dim), qkv.new_empty(B, K, T, head_dim)
+        turned(heads[:, :, :H], angles * head_dim**-0.5, q.flatten(1, 2).transpose(1, 2))
+        turned(heads[:, :, H : H + K], angles, k.transpose(1, 2))
+        v.transpose(1, 2).copy_(heads[:, :, H + K :])
+        attended = attend(q, k, v, bias).view(-1, wo.shape[1])
+        ctx.save_for_backward(
+            x_normed, scale, q, k, v, attended, norm_weight, wq, wk, wv, wo, angles, bias
+        )
+        return product(attended, wo.to(dtype)).view(B, T, D) + x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_normed, scale, q, k, v, attended, norm_weight, *weights, wo, angles, bias = (
+            ctx.saved_tensors
+        )
+        B, K, G, T, head_dim = q.shape
+        H, dtype = K * G, x_normed.dtype
+        grad = grad.contiguous()
+        part = grad.view(-1, grad.shape[-1]).to(dtype)
+        wo_grad = product(part.T, attended.T).to(wo.dtype)
+        attended_grad = product(part, wo.to(dtype).T).view(B, T, -1)
+        q_grad, k_grad, v_grad = attend_backward(attended_grad, q, k, v, bias)
+        qkv_grad = part.new_empty(B, T, H + 2 * K, head_dim)
+        back = angles.conj().resolve_conj()
+        turned(q_grad.flatten(1, 2).transpose(1, 2), back * head_dim**-0.5, qkv_grad[:, :, :H])
+        turned(k_grad.transpose(1, 2), back, qkv_grad[:, :, H : H + K])
+        qkv_grad[:, :, H + K :] = v_grad.transpose(1, 2)
+        qkv_grad = qkv_grad.flatten(0, 1).flatten(1)  # (N, (H + 2 K) Dh)
+        x_normed_grad = product(qkv_grad, joined(weights, norm_weight, dtype).T).float()
+        joined_grad = product(qkv_grad.T, x_normed.T)
+        weight_grads, norm_grad = joined_backward(joined_grad, weights, norm_weight)
+        x_grad = normed_backward(x_normed_grad, x_normed, scale).view_as(grad).add_(grad)
+        return x_grad, norm_grad, *weight_grads, wo_grad, None, None, None, None, None
