@@ -6,7 +6,7 @@ weights, or what --weights or --load_from names.
 
 import argparse
 
-from model.flags import run_main, weights_flags
+from model.flags import quick_imports, run_main, weights_flags
 from model.terminal import ask, introduce, sampling_flags, sampling_options, show
 
 BEGINNINGS = (
@@ -38,9 +38,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from model.checkpoint import load_for_inference
-    from model.generation import Engine
-    from model.prompts import fit_text, prompt_limit
+    with quick_imports():
+        from model.checkpoint import load_for_inference
+        from model.generation import Engine
+        from model.prompts import fit_text, prompt_limit
 
     loaded = load_for_inference(args, purpose="pretrain")
     introduce(loaded)

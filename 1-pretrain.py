@@ -6,7 +6,7 @@ into a token store beside it, and leaves the weights in out/pretrain_<dim>.pth.
 
 import argparse
 
-from model.flags import parse_training_args, run_main, training_parser
+from model.flags import parse_training_args, quick_imports, run_main, training_parser
 
 SAMPLE_TEXT = "中国的"  # continued after each validation
 
@@ -20,9 +20,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from model.dataset import pretrain_data  # torch comes in here: after --help and wrong flags
-    from model.opening import open_stage
-    from model.trainer import train
+    with quick_imports():
+        from model.dataset import pretrain_data  # torch comes in here: after --help and wrong flags
+        from model.opening import open_stage
+        from model.trainer import train
 
     runtime, start, data = open_stage(args, after=None, make_data=pretrain_data)
     if args.show_samples:

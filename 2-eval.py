@@ -8,7 +8,7 @@ what --weights or --load_from names.
 import argparse
 from collections import deque
 
-from model.flags import run_main, weights_flags
+from model.flags import quick_imports, run_main, weights_flags
 from model.terminal import (
     ask,
     check_history,
@@ -54,9 +54,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from model.checkpoint import load_for_inference
-    from model.generation import Engine
-    from model.prompts import fit_messages, prompt_limit
+    with quick_imports():
+        from model.checkpoint import load_for_inference
+        from model.generation import Engine
+        from model.prompts import fit_messages, prompt_limit
 
     loaded = load_for_inference(args, purpose="chat")
     introduce(loaded)

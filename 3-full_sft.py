@@ -9,7 +9,7 @@ turn.
 import argparse
 from pathlib import Path
 
-from model.flags import parse_training_args, run_main, training_parser
+from model.flags import parse_training_args, quick_imports, run_main, training_parser
 
 SAMPLE_CHAT = [{"role": "user", "content": "你是谁？"}]  # answered after each validation
 
@@ -37,9 +37,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from model.dataset import sft_data  # torch comes in here: after --help and wrong flags
-    from model.opening import open_stage
-    from model.trainer import train
+    with quick_imports():
+        from model.dataset import sft_data  # torch comes in here: after --help and wrong flags
+        from model.opening import open_stage
+        from model.trainer import train
 
     after = "pretrain" if args.chat == "single" else "full_sft_single"
     runtime, start, data = open_stage(args, after=after, make_data=sft_data)

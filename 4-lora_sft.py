@@ -13,7 +13,14 @@ python 4-lora_sft.py --data_path dataset/demo/identity.jsonl --out_dir out/demo 
 
 import argparse
 
-from model.flags import lora_flags, parse_training_args, quiz_flag, run_main, training_parser
+from model.flags import (
+    lora_flags,
+    parse_training_args,
+    quick_imports,
+    quiz_flag,
+    run_main,
+    training_parser,
+)
 
 SAMPLE_CHAT = [{"role": "user", "content": "你是谁？"}]  # answered after each validation
 ENOUGH_UPDATES = 200  # what a few dozen rows take to be learnt; --epochs says otherwise
@@ -36,12 +43,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from model.checkpoint import start_adapter  # torch comes in here
-    from model.dataset import sft_data
-    from model.lora import describe
-    from model.opening import open_stage
-    from model.quiz import BeforeAndAfter, load_quizzes
-    from model.trainer import train
+    with quick_imports():
+        from model.checkpoint import start_adapter  # torch comes in here
+        from model.dataset import sft_data
+        from model.lora import describe
+        from model.opening import open_stage
+        from model.quiz import BeforeAndAfter, load_quizzes
+        from model.trainer import train
 
     quizzes = load_quizzes(args.quiz)
     runtime, start, data = open_stage(args, after="full_sft_single", make_data=sft_data)

@@ -13,6 +13,7 @@ from model.flags import (
     non_negative,
     parse_training_args,
     positive,
+    quick_imports,
     quiz_flag,
     run_main,
     training_parser,
@@ -64,13 +65,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from copy import deepcopy  # torch comes in here
 
-    from model.checkpoint import start_adapter, weights_digest
-    from model.lora import describe
-    from model.losses import PreferenceLoss
-    from model.opening import open_stage
-    from model.pairs import dpo_data
-    from model.quiz import BeforeAndAfter, load_quizzes
-    from model.trainer import train
+    with quick_imports():
+        from model.checkpoint import start_adapter, weights_digest
+        from model.lora import describe
+        from model.losses import PreferenceLoss
+        from model.opening import open_stage
+        from model.pairs import dpo_data
+        from model.quiz import BeforeAndAfter, load_quizzes
+        from model.trainer import train
 
     quizzes = load_quizzes(args.quiz)
     runtime, start, data = open_stage(args, after="full_sft_single", make_data=dpo_data)

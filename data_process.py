@@ -28,7 +28,7 @@ import sys
 import time
 from pathlib import Path
 
-from model.flags import non_negative, positive, run_main
+from model.flags import non_negative, positive, quick_imports, run_main
 from model.rows import holds_documents
 from model.tables import STAGES, TURNS, V1_FILTERS, Filters, Job, Progress, convert
 
@@ -174,8 +174,9 @@ def make_tokens(args: argparse.Namespace) -> None:
     if not inputs:
         tried = ", ".join(map(str, known))
         raise FileNotFoundError(f"no tables ({tried}): make them with data_process.py")
-    from model.dataset import V1_MAX_CHARS, pretrain_store, sft_store
-    from model.tokenizer import DEFAULT_TOKENIZER, Tokenizer
+    with quick_imports():
+        from model.dataset import V1_MAX_CHARS, pretrain_store, sft_store
+        from model.tokenizer import DEFAULT_TOKENIZER, Tokenizer
 
     tokenizer = Tokenizer(args.tokenizer or DEFAULT_TOKENIZER)
     for path in inputs:

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from model.flags import non_negative, run_main, weights_flags
+from model.flags import non_negative, quick_imports, run_main, weights_flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,10 +46,11 @@ def main(argv: list[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from model.ceval import ask, load_exam
-    from model.checkpoint import load_for_inference
-    from model.states import write_json
-    from model.terminal import introduce
+    with quick_imports():
+        from model.ceval import ask, load_exam
+        from model.checkpoint import load_for_inference
+        from model.states import write_json
+        from model.terminal import introduce
 
     exam = load_exam(args.data_dir, args.split, args.shots)  # first: it takes no time to be wrong
     loaded = load_for_inference(args, purpose="chat")

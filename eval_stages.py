@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from model.flags import device_flags, model_flags, non_negative, positive, run_main
+from model.flags import device_flags, model_flags, non_negative, positive, quick_imports, run_main
 
 PROMPTS = (
     "你好",
@@ -62,12 +62,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from model.ceval import load_exam
-    from model.checkpoint import expected_config, load_for_inference, width_name
-    from model.quiz import load_quizzes
-    from model.stages import Tasks, find_stages, measure, read_texts, report, stage_at
-    from model.states import write_json
-    from model.tally import Tally
+    with quick_imports():
+        from model.ceval import load_exam
+        from model.checkpoint import expected_config, load_for_inference, width_name
+        from model.quiz import load_quizzes
+        from model.stages import Tasks, find_stages, measure, read_texts, report, stage_at
+        from model.states import write_json
+        from model.tally import Tally
 
     out_dir = Path(args.out_dir)
     if args.weights:

@@ -8,7 +8,7 @@ python export_model.py --from FOLDER_OR_GGUF --output FILE.pth
 import argparse
 from pathlib import Path
 
-from model.flags import add_switch, run_main, weights_flags
+from model.flags import add_switch, quick_imports, run_main, weights_flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,9 +55,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_back(args: argparse.Namespace) -> None:
     """Make a .pth file of an export."""
-    from model.checkpoint import save_weights, sidecar
-    from model.export import check_output
-    from model.readback import read_back
+    with quick_imports():
+        from model.checkpoint import save_weights, sidecar
+        from model.export import check_output
+        from model.readback import read_back
 
     output = Path(args.output)
     for path in (output, sidecar(output)):
@@ -72,9 +73,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.source:
         read_back(args)
         return
-    from model.checkpoint import load_for_inference
-    from model.export import export
-    from model.hub import push
+    with quick_imports():
+        from model.checkpoint import load_for_inference
+        from model.export import export
+        from model.hub import push
 
     output, written_in = Path(args.output), args.dtype
     args.dtype = "float32"  # loaded and merged in full precision; rounded once, when written

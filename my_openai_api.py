@@ -12,7 +12,7 @@ request does not say (temperature, top_k, ...) is as the sampling flags say.
 import argparse
 import os
 
-from model.flags import non_negative, positive, run_main, weights_flags
+from model.flags import non_negative, positive, quick_imports, run_main, weights_flags
 from model.terminal import sampling_flags
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
@@ -79,7 +79,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from model.api_run import serve  # torch comes in here
+    with quick_imports():
+        from model.api_run import serve  # torch comes in here
 
     serve(args)
 

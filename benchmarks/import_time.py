@@ -97,19 +97,21 @@ def help_time(script: str) -> float:
 
 def stages(weights: Path) -> dict[str, float]:
     """Return the seconds of each stage until this process has a model that can chat."""
+    from model.flags import quick_imports, weights_flags
+
     marks = {"": time.perf_counter()}
-    import torch  # noqa: F401
+    with quick_imports():
+        import torch  # noqa: F401
 
-    marks["torch"] = time.perf_counter()
-    import transformers
+        marks["torch"] = time.perf_counter()
+        import transformers
 
-    marks["transformers"] = time.perf_counter()
-    transformers.PreTrainedModel  # noqa: B018 (it is imported when it is asked for)
-    marks[BASE_CLASS] = time.perf_counter()
-    from model.checkpoint import load_for_inference
-    from model.flags import weights_flags
-    from model.generation import Engine
-    from model.prompts import fit_messages  # noqa: F401
+        marks["transformers"] = time.perf_counter()
+        transformers.PreTrainedModel  # noqa: B018 (it is imported when it is asked for)
+        marks[BASE_CLASS] = time.perf_counter()
+        from model.checkpoint import load_for_inference
+        from model.generation import Engine
+        from model.prompts import fit_messages  # noqa: F401
 
     marks["our modules"] = time.perf_counter()
     parser = argparse.ArgumentParser()

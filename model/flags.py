@@ -3,10 +3,12 @@ once.
 """
 
 import argparse
+import contextlib
+import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 LORA_TARGETS = "wq wk wv wo w1 w2 w3"  # attention and feed-forward, experts too
@@ -229,7 +231,7 @@ def training_parser(
         help=shown("accumulation_steps", "batches an update"),
     )
     add("--learning_rate", type=positive(float), help=shown("learning_rate", "peak rate"))
-    add("--optimizer", choices=("adamw", "adam"), help=shown("optimizer", "optimizer"))
+    add("--optimizer", choices=("adamw", "muon", "adam"), help=shown("optimizer", "optimizer"))
     add("--weight_decay", type=non_negative(float), help=shown("weight_decay", "on matrices"))
     add("--grad_clip", type=non_negative(float), help=shown("grad_clip", "0: off"))
     add(
@@ -328,6 +330,25 @@ def stage_in(path: str | None) -> int:
     except (ValueError, KeyError, TypeError, RecursionError):  # told of when the file is used
         return 1
     return stage if isinstance(stage, int) else 1
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Keep Python from looking for garbage while a script imports torch and transformers.
+
+    What they make of objects (about a million) is there to stay, and looking through it over and
+    over takes a quarter of the time that they take. It is left out of all later collections, too.
+    """
+    is_first = "torch" not in sys.modules
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_first:
+            gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def run_main(main: Callable[[], int | None]) -> None:

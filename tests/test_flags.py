@@ -1,6 +1,7 @@
 """The flags: recipes, checks, exit codes, and answers before anything heavy is imported."""
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import script
 
-from model.flags import parse_training_args, run_main, training_parser
+from model.flags import parse_training_args, quick_imports, run_main, training_parser
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("1-pretrain.py", "3-full_sft.py")
@@ -208,3 +209,35 @@ def test_help_comes_at_once_and_without_torch(name: str) -> None:
         if took[-1] < 1:
             return
     raise AssertionError(f"--help took {took} s")
+
+
+def test_garbage_is_left_alone_while_a_script_imports_and_no_longer() -> None:
+    assert gc.isenabled()
+    with pytest.raises(ImportError), quick_imports():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with quick_imports():
+            pass
+        assert not gc.isenabled()  # whoever wanted that still does
+    finally:
+        gc.enable()
+
+
+@pytest.mark.slow
+def test_what_torch_brings_is_left_out_of_later_collections() -> None:
+    code = """
+import gc
+from model.flags import quick_imports
+with quick_imports():
+    import torch
+before = gc.get_freeze_count()
+with quick_imports():  # what a caller made meanwhile is not kept for ever
+    pass
+print(before > 10_000, gc.get_freeze_count() - before)
+"""
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert shown.split() == ["True", "0"]
