@@ -50,7 +50,7 @@ class Engine:
         }
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.optimizer = make_optimizer(
-            model, args.optimizer, args.learning_rate, args.weight_decay
+            model, args.optimizer, args.learning_rate, args.weight_decay, runtime.dtype
         )
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, enabled=runtime.dtype == torch.float16

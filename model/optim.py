@@ -1,14 +1,26 @@
 """Parameter groups, optimizers, learning-rate schedules."""
 
 import math
+from collections import defaultdict
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 COOLDOWN_SHARE = (
     0.6  # of the run, in the "linear" schedule: long cool-downs measure best at this size
 )
 COSINE_FLOOR = 0.1  # v1 ends at a tenth of the peak
+# Polar Express (arXiv:2505.16932, section 3.3, algorithm 1): what each iteration does to a singular
+# value x, a x + b x^3 + c x^5, so that after five all from 0.001 to 1 are near 1
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+LARGEST = 1.01  # no singular value may be above 1 at first: room for rounding
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -26,21 +38,133 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_optimizer(
-    model: nn.Module, name: str, learning_rate: float, weight_decay: float
+    model: nn.Module,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
-    """Return ``adamw`` (arXiv:1711.05101; betas 0.9, 0.98 as small batches want) or v1's ``adam``.
+    """Return ``adamw`` (arXiv:1711.05101; betas 0.9, 0.98 as small batches want), ``muon`` or v1's
+    ``adam``.
+
+    Args:
+        dtype: what the run multiplies matrices in, :class:`Muon` too.
 
     Raises:
         ValueError: another name.
     """
-    groups = [g for g in parameter_groups(model, weight_decay) if g["params"]]
+    groups = parameter_groups(model, weight_decay)
     device_types = {p.device.type for g in groups for p in g["params"]}
     fused = device_types <= {"cpu", "cuda", "mps"}
+    if name == "muon":
+        groups = with_matrices_apart(model, groups)
+    groups = [g for g in groups if g["params"]]
+    if name == "muon":
+        return Muon(groups, learning_rate, dtype, fused=fused)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=fused)
     if name == "adam":
         return torch.optim.Adam(groups, lr=learning_rate, fused=fused)
-    raise ValueError(f'optimizer={name!r} is unknown: use "adamw" or "adam"')
+    raise ValueError(f'optimizer={name!r} is unknown: use "adamw", "muon" or "adam"')
+
+
+def with_matrices_apart(model: nn.Module, groups: list[dict]) -> list[dict]:
+    """Return the groups, and first those of matrices between hidden states, ``orthogonal``."""
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    linear -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices, others = [], []
+    for group in groups:
+        parts = {True: [], False: []}
+        for parameter in group["params"]:
+            parts[id(parameter) in linear].append(parameter)
+        matrices.append({**group, "params": parts[True], "orthogonal": True})
+        others.append({**group, "params": parts[False], "orthogonal": False})
+    return matrices + others
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for matrices between hidden states: the update is the momentum with all its singular
+    values set to 1 (kellerjordan.github.io/posts/muon; arXiv:2502.16982, section 2). Scaled to
+    AdamW's usual size (there section 2.2), so learning rate and decay are those of AdamW, which the
+    other parameters get.
+
+    Matrices of one shape, lying or standing, go through the iterations as one batch.
+
+    Args:
+        groups: of parameters; those that are ``orthogonal`` are matrices.
+        dtype: what the iterations are computed in if it is bf16; otherwise they are in fp32.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        lr: float,
+        dtype: torch.dtype = torch.float32,
+        *,
+        momentum: float = 0.95,
+        fused: bool = False,
+    ) -> None:
+        super().__init__(groups, lr=lr, betas=(0.9, 0.98), fused=fused)
+        self.momentum = momentum
+        self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Make an update; a ``closure`` is not taken.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if closure is not None:
+            raise ValueError("Muon takes no closure: compute the gradients before step()")
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["orthogonal"]:
+                self.step_matrices(group)
+
+    def step_matrices(self, group: dict) -> None:
+        """Update the matrices of a group."""
+        batches: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                batches[tuple(sorted(parameter.shape))].append(parameter)
+        for parameters in batches.values():
+            momenta = []
+            for parameter in parameters:
+                buffer = self.state[parameter].setdefault(
+                    "momentum_buffer", torch.zeros_like(parameter)
+                )
+                buffer.lerp_(parameter.grad, 1 - self.momentum)
+                momentum = parameter.grad.lerp(buffer, self.momentum)  # Nesterov's
+                momenta.append(lying(momentum).to(self.dtype))
+            updates = orthogonalized(torch.stack(momenta))
+            # of that shape, with singular values of 1: a root mean square of 1 / sqrt(longer side)
+            rate = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                is_lying = parameter.shape[0] <= parameter.shape[1]
+                parameter.add_(update if is_lying else update.T, alpha=-rate)
+
+
+def lying(matrix: Tensor) -> Tensor:
+    """Return a matrix, or its transpose, with no more rows than columns."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Return (n, M, N) matrices, M <= N, with their singular values moved to about 1."""
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
+    x = matrices / (norms * LARGEST + 1e-7)
+    for a, b, c in POLAR_EXPRESS:
+        squared = x @ x.mT  # (n, M, M)
+        polynomial = torch.baddbmm(squared, squared, squared, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
 
 
 def learning_rate_at(
