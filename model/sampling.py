@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+LIKELIEST = 256  # looked at before all are sorted
 # end token or stop string; limit or context reached; given up by whoever asked
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -125,22 +126,44 @@ def keep_likely(
 
     ``max_k`` says that every row has a top-k, and none a larger one.
     """
-    max_k = max_k or (top_k if isinstance(top_k, int) else 0)
-    if 0 < max_k < logits.shape[-1]:
-        ranked, order = logits.topk(max_k, dim=-1)  # 10 us where a sort takes 300
-    else:
-        ranked, order = logits.sort(dim=-1, descending=True)
-    rank = torch.arange(ranked.shape[-1], device=logits.device)
-    top_k = torch.as_tensor(top_k, device=logits.device)
-    keep = (rank < top_k) | (top_k == 0)
-    probs = ranked.masked_fill(~keep, -math.inf).softmax(dim=-1)
-    mass_before = probs.cumsum(dim=-1) - probs
-    # >= 1 is off: rounding may lift the mass before the last tokens to 1
-    keep = keep & ((mass_before < top_p) | (torch.as_tensor(top_p, device=logits.device) >= 1))
-    keep = keep & (probs >= min_p * probs[..., :1])
-    keep = keep | (rank == 0)
+    top_k, top_p, min_p = (torch.as_tensor(f, device=logits.device) for f in (top_k, top_p, min_p))
+    max_k = max_k or (int(top_k) if top_k.dim() == 0 else 0)
+
+    def look_at(n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the ``n`` likeliest logits, where they stand, and which of them stay."""
+        ranked, order = logits.topk(n, dim=-1) if n < n_all else logits.sort(-1, descending=True)
+        return ranked, order, stays(logits, ranked, top_k, top_p, min_p)
+
+    n_all = logits.shape[-1]
+    is_limited = max_k > 0
+    ranked, order, keep = look_at(min(n_all, max_k if is_limited else LIKELIEST))
+    if not is_limited and LIKELIEST < n_all:  # a tenth of the time of a sort, and mostly enough
+        n_kept = keep.sum(dim=-1, keepdim=True)
+        least, after = (
+            ranked.gather(-1, n_kept - 1),
+            ranked.gather(-1, n_kept.clamp(max=LIKELIEST - 1)),
+        )
+        # what stays may go on outside; and of equals a sort may keep another
+        if top_k.any() or not (least > after).all():
+            ranked, order, keep = look_at(n_all)
     kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, keep)
     return logits.masked_fill(~kept, -math.inf)
+
+
+def stays(logits: Tensor, ranked: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Say which of the likeliest, ``ranked``, the filters let stay: the first few."""
+    rank = torch.arange(ranked.shape[-1], device=logits.device)
+    keep = (rank < top_k) | (top_k == 0)
+    left = ranked.masked_fill(~keep, -math.inf)
+    # without a top-k the mass is that of all, whether or not they are ranked
+    all_left = torch.where(
+        top_k == 0, logits.logsumexp(dim=-1, keepdim=True), left.logsumexp(dim=-1, keepdim=True)
+    )
+    probs = (left - all_left).exp()
+    mass_before = probs.cumsum(dim=-1) - probs
+    # >= 1 is off: rounding may lift the mass before the last tokens to 1
+    keep = keep & ((mass_before < top_p) | (top_p >= 1))
+    return (keep & (probs >= min_p * probs[..., :1])) | (rank == 0)
 
 
 def draw(logits: Tensor, uniform: float | Tensor) -> Tensor:

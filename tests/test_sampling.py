@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from model import sampling
 from model.generation import generate
 from model.model import MiniMindForCausalLM
 from model.sampling import (
@@ -73,6 +74,23 @@ def test_each_row_can_have_filters_of_its_own() -> None:
     rows = [keep_likely(logits[i], k[i], p[i], min_p[i]) for i in range(4)]
     columns = (torch.tensor(values)[:, None] for values in (k, p, min_p))
     assert torch.equal(keep_likely(logits, *columns), torch.stack(rows))
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 3.0])
+@pytest.mark.parametrize("is_even", [False, True])
+def test_looking_at_the_likeliest_first_is_as_sorting_all(
+    monkeypatch: pytest.MonkeyPatch, sharpness: float, is_even: bool
+) -> None:
+    """Rows that need few tokens, rows that need nearly all, and equals where a filter cuts."""
+    logits = torch.randn(6, 3000, generator=torch.Generator().manual_seed(3)) * sharpness
+    logits = (logits * 4).round() / 4 if is_even else logits
+    for p, min_p in ((0.5, 0.0), (0.9, 0.0), (0.999, 0.01), (1.0, 0.1), (0.0, 0.0)):
+        columns = [torch.full((6, 1), value) for value in (p, min_p)]
+        found = keep_likely(logits, torch.zeros(6, 1, dtype=torch.long), *columns)
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, "LIKELIEST", 3000)
+            expected = keep_likely(logits, 0, p, min_p)
+        assert torch.equal(found, expected)
 
 
 def test_one_token_always_stays() -> None:
