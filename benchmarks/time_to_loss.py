@@ -231,7 +231,7 @@ class Bench:
                     stderr=subprocess.STDOUT,
                     text=True,
                     env=env,
-                    timeout=1.1 * self.args.seconds,
+                    timeout=max(60.0, 1.1 * self.args.seconds),
                 )
             except subprocess.TimeoutExpired:
                 return {"wall_s": None, "val_loss": None, "val_bpb": None}

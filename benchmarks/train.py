@@ -71,7 +71,7 @@ def main() -> None:
         bench = Bench(model, names, args)
         bench.run()
         print("\n".join(bench.table()), flush=True)
-        goals += bench.goals() if model != "demo" else []
+        goals += bench.goals()
         result["models"][model] = bench.as_json()
     result["load_at_end"] = os.getloadavg()[0]
     print("", *goals, sep="\n")
@@ -246,9 +246,10 @@ class Bench:
         limits = {"small": (1.0e6, 1.5e6), "v1": (4.0e5, 5.4e5)}
         own = [name for name in self.names if name.startswith("ours bf16")]
         lines = []
-        for names, (must, aim) in ((own, limits[self.model]), (["ours MoE bf16"], (3.5e5, 6e5))):
-            there = [name for name in names if name in self.names]
-            if there and (self.model == "small" or names is own):
+        goals = [(own, *limits[self.model])] if self.model in limits else []
+        goals += [(["ours MoE bf16"], 3.5e5, 6e5)] if self.model == "small" else []
+        for names, must, aim in goals:
+            if there := [name for name in names if name in self.names]:
                 best = max(there, key=lambda name: statistics.median(self.speeds(name, "tokens")))
                 title = f"{self.model}: {best}, useful tokens/s"
                 lines.append(verdict(title, self.speeds(best, "tokens"), must, aim, ",.0f"))
