@@ -201,6 +201,7 @@ class Pacer:
         if self.device == "cuda":
             report["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
             report["base_mb"] = 0.0
+            torch.cuda.empty_cache()  # the others are on the same card
         print(json.dumps(report | self.model_facts), file=self.out, flush=True)
 
 

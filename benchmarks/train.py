@@ -29,7 +29,10 @@ from goals import spread, verdict
 from machine import describe, machine
 
 HERE = Path(__file__).resolve().parent
-QUICK = ("ours fp32", "ours bf16", "Llama fp32", "Llama bf16", "ours MoE fp32")
+QUICK = {
+    "cpu": ["ours fp32", "ours bf16", "Llama fp32", "Llama bf16", "ours MoE fp32"],
+    "cuda": ["ours bf16", "ours bf16 --compile", "Llama bf16", "Llama bf16 compiled", "MoE bf16"],
+}
 Report = dict[str, float]
 
 
@@ -38,11 +41,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help=f"one round of {', '.join(QUICK)}")
+    usual_rows = ", ".join(f"{model}: {rows}" for model, rows in ROWS.items())
+    add("--quick", action="store_true", help="one round, of the contenders that the goals name")
     add("--rounds", type=int, default=5)
     add("--model", nargs="+", choices=CONFIGS, default=["small"], help="26 M, 108 M, the demo's")
     add("--only", nargs="+", metavar="TEXT", help="contenders by name or part of it")
-    add("--batch_rows", type=int, help=f"default {ROWS} on a CPU, {GPU_ROWS} on a GPU")
+    add("--batch_rows", type=int, help=f"default {usual_rows} on a CPU, {GPU_ROWS} on a GPU")
     add("--row_tokens", type=int, help="default 512, of the demo's model 128")
     add("--corpus", type=Path, help="train on these documents (default: on random tokens)")
     add("--padded", action="store_true", help="one document of the corpus a row, as v1 did")
@@ -56,7 +60,7 @@ def main() -> None:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.quick:
-        args.rounds, args.only = 1, args.only or list(QUICK)
+        args.rounds, args.only = 1, args.only or QUICK[args.device]
     if args.threads:
         torch.set_num_threads(args.threads)
     facts = machine()
