@@ -61,8 +61,10 @@ class FastStep:
         longest = max(lengths) + 1
         positions = torch.tensor(lengths)
         turn = self.turns[positions]  # (n, 1, Dh / 2)
-        heads = torch.arange(first * K, (first + n) * K)  # as one dimension with the slots
-        rows = heads * cache.capacity + positions.repeat_interleave(K)
+        # slots and heads are one dimension; values come after all keys
+        heads = torch.arange(first * K, (first + n) * K).view(n, 1, K)
+        heads = torch.cat((heads, heads + cache.n_slots * K), dim=1)  # (n, 2, K)
+        places = (heads * cache.capacity + positions[:, None, None]).flatten()
         mask, seen = self.unmasked, 0
         if n > 1:
             hidden = torch.arange(longest) > positions[:, None]
@@ -77,13 +79,11 @@ class FastStep:
             qkv = layer.qkv(x / norm(x, dim=-1, keepdim=True).hypot_(least))
             torch.view_as_complex(qkv.as_strided(turned, strides)).mul_(turn)  # q and k in place
             q = qkv[:, :width].reshape(-1, group, Dh)  # (n * K, group, Dh)
-            k, v = qkv[:, width:].view(n, 2, K * Dh).unbind(1)
-            keys, values = cache.rows(layer_id)  # (n_slots * K, capacity, Dh)
-            keys.view(-1, Dh).index_copy_(0, rows, k.reshape(-1, Dh))
-            values.view(-1, Dh).index_copy_(0, rows, v.reshape(-1, Dh))
-            seen_keys = keys[span, :longest].transpose(1, 2)
-            scores = torch.baddbmm(mask, q, seen_keys, beta=seen, alpha=Dh**-0.5)
-            out = torch.bmm(scores.softmax(dim=-1), values[span, :longest])
+            rows, both = cache.rows(layer_id)
+            rows.index_copy_(0, places, qkv[:, width:].reshape(-1, Dh))
+            keys, values = both[:, span, :longest].unbind()  # (n * K, longest, Dh)
+            scores = torch.baddbmm(mask, q, keys.transpose(1, 2), beta=seen, alpha=Dh**-0.5)
+            out = torch.bmm(scores.softmax(dim=-1), values)
             x = x + layer.wo(out.view(n, width))
             gate, up = layer.w13(x / norm(x, dim=-1, keepdim=True).hypot_(least)).chunk(2, dim=-1)
             x += layer.w2(F.silu(gate).mul_(up))

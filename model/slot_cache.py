@@ -32,13 +32,15 @@ class SlotCache:
         """Return keys and values of all slots; ``k`` and ``v`` (…, K, T, Dh) show their shape."""
         if layer_id not in self._layers:
             shape = self.n_slots, k.shape[1], self.capacity, k.shape[3]
-            keys, values = lazy_zeros(shape, k), lazy_zeros(shape, v)
-            self._layers[layer_id] = keys, values
-            self._rows[layer_id] = keys.flatten(0, 1), values.flatten(0, 1)
+            both = lazy_zeros((2, *shape), k)
+            self._layers[layer_id] = both[0], both[1]
+            self._rows[layer_id] = both.view(-1, shape[3]), both.flatten(1, 2)
         return self._layers[layer_id]
 
     def rows(self, layer_id: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values with slots and heads as one, (n_slots * K, capacity, Dh)."""
+        """Return keys and values twice: a row for each place (2 * n_slots * K * capacity, Dh), and
+        slots and heads as one, (2, n_slots * K, capacity, Dh). Something was written before.
+        """
         return self._rows[layer_id]
 
     @torch.inference_mode()
