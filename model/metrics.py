@@ -68,14 +68,12 @@ class RunLog:
     def draw(self) -> Path | None:
         """Draw loss and validation loss over tokens; None where matplotlib is missing."""
         try:
-            import matplotlib
+            from matplotlib.figure import Figure  # without pyplot, which takes a second to import
         except ImportError:
             return None
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
         records = self.records()
-        figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+        figure = Figure(figsize=(7, 4), dpi=120)
+        axes = figure.subplots()
         for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-")):
             points = [(r["tokens"] / 1e6, r[key]) for r in records if r.get(key) is not None]
             if points:
@@ -91,7 +89,6 @@ class RunLog:
         path = self.folder / "curve.png"
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png")
-        pyplot.close(figure)
         return path
 
 
