@@ -129,6 +129,14 @@ class Engine:
             "scaler": self.scaler.state_dict(),
         }
 
+    def kept_by_optimizer(self) -> Iterator[tuple[str, set[str]]]:
+        """Yield each trained parameter's name with the names of what is kept of it."""
+        for group in self.optimizer.param_groups:
+            is_matrix = group.get("orthogonal", False)
+            keys = {"momentum_buffer"} if is_matrix else {"step", "exp_avg", "exp_avg_sq"}
+            for parameter in group["params"]:
+                yield self.names[id(parameter)], keys
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state` gave; the optimizer's settings are this start's.
 
@@ -143,6 +151,9 @@ class Engine:
         found = state["optimizer"]
         if found and set(found) != set(order):
             raise ValueError("the optimizer's state is of other parameters")
+        if any(set(found[name]) != keys for name, keys in self.kept_by_optimizer() if found):
+            self.runtime.warn("the state is of another optimizer: this one begins without any")
+            found = {}
         kept = self.optimizer.state_dict()["param_groups"]  # settings: this start's
         numbered = {number: found[name] for number, name in enumerate(order) if found}
         self.optimizer.load_state_dict({"state": numbered, "param_groups": kept})

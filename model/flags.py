@@ -312,6 +312,13 @@ def parse_training_args(
     if args.zero_stage is None:
         is_deepspeed = args.local_rank is not None or given
         args.zero_stage = stage_in(args.deepspeed_config) if is_deepspeed else 0
+    if args.zero_stage > 0 and args.optimizer == "muon":
+        if "optimizer" not in args.from_recipe:
+            parser.error(
+                "--optimizer muon needs whole matrices on each rank: use adamw under DeepSpeed, or "
+                "start the script with torchrun"
+            )
+        args.optimizer = "adamw"
     if args.zero_stage == 0 and given:
         parser.error(
             f"{given[0]} needs ZeRO stage 1, 2 or 3; stage 0 keeps everything on every rank, which "

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.model import MiniMindForCausalLM
-from model.optim import learning_rate_at, make_optimizer, parameter_groups
+from model.optim import learning_rate_at, make_optimizer, orthogonalized, parameter_groups
 
 Build = Callable[..., MiniMindForCausalLM]
 
@@ -100,3 +100,71 @@ def test_first_step_is_the_sign_of_the_gradient(
         expected = was - 0.01 * g / (g.abs() + 1e-8) - (0.01 * decay if name == "adamw" else 0)
         # m / sqrt(v) are fp32 products and quotients of bias corrections: a few 2**-24
         torch.testing.assert_close(after[key], expected, rtol=0, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------- Muon
+
+
+@pytest.mark.parametrize("shape", ((16, 16), (12, 40)))
+def test_singular_values_become_one_and_their_vectors_stay(shape: tuple[int, int]) -> None:
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    u, s, vt = torch.linalg.svd(matrices, full_matrices=False)
+    u_first, vt_first = u.clone(), vt.clone()
+    matrices = u @ torch.diag_embed(torch.linspace(1.0, 0.05, shape[0]).expand_as(s)) @ vt
+    found = u_first.mT @ orthogonalized(matrices) @ vt_first.mT
+    values = found.diagonal(dim1=1, dim2=2)
+    assert 0.85 < values.min() and values.max() < 1.15
+    # nothing turns: in the basis of the singular vectors what is not on the diagonal is rounding
+    torch.testing.assert_close(found, torch.diag_embed(values), atol=1e-4, rtol=0)
+
+
+def test_muon_goes_where_torchs_goes(build: Build) -> None:
+    """Theirs orthogonalises in bf16 by another polynomial, matrix by matrix."""
+    model, peer = build(), build()
+    names = [n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    theirs = torch.optim.Muon(
+        [peer.get_parameter(name) for name in names],
+        lr=0.01,
+        weight_decay=0.1,
+        momentum=0.95,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    ours = make_optimizer(model, "muon", 0.01, 0.1)
+    start = {name: model.get_parameter(name).detach().clone() for name in names}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for name in names:
+            gradient = torch.randn(start[name].shape, generator=generator)
+            model.get_parameter(name).grad = gradient
+            peer.get_parameter(name).grad = gradient.clone()
+        ours.step()
+        theirs.step()
+    for name in names:
+        moved, expected = (m.get_parameter(name) - start[name] for m in (model, peer))
+        cosine = torch.cosine_similarity(moved.flatten(), expected.flatten(), dim=0)
+        assert cosine > 0.97, name
+        # by theirs singular values end between 0.7 and 1.2
+        assert 0.85 < moved.norm() / expected.norm() < 1.4, name
+
+
+def test_muon_leaves_embedding_norms_and_gate_to_adamw(build: Build) -> None:
+    muon, adamw = build(use_moe=True), build(use_moe=True)
+    _, ours, _ = step_of(muon, "muon", 0.5)
+    start, theirs, _ = step_of(adamw, "adamw", 0.5)
+    # three tokens leave some experts without a gradient
+    same = {n for n in ours if torch.equal(ours[n], theirs[n]) and ".experts." not in n}
+    assert same == {n for n in ours if "norm" in n or "gate" in n or n == "tok_embeddings.weight"}
+    assert all(not torch.equal(ours[name], start[name]) for name in ours)
+
+
+def test_matrices_without_a_gradient_stay(build: Build) -> None:
+    model = build()
+    optimizer = make_optimizer(model, "muon", 0.01, 0.1)
+    weight = model.layers[0].attention.wo.weight
+    weight.grad = torch.ones_like(weight)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {"layers.0.attention.wo.weight"}
+    with pytest.raises(ValueError, match="Muon takes no closure"):
+        optimizer.step(lambda: 0.0)
