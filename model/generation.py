@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -293,14 +293,16 @@ class Engine:
             # in shapes of its own, an answer may not have what others leave of the budget
             n_most = self.prefill_chunk if self.deterministic else budget
             chunk = answer.prompt_ids[start : start + n_most]
-            logits = self._forward([self._padded(chunk, start)], slot, n_last=len(chunk) - 1)
-            self._cache.ids[slot] += chunk
-            self._last_used[slot] = self.counters.n_steps
-            budget -= len(chunk)
-            if start + len(chunk) == len(answer.prompt_ids):
-                self._decoding.append(answer)
-                self._prefilling = None
-                self._sample([answer], logits, pieces)
+            padded = self._padded(chunk, start)
+            with self._tuned(len(padded)):
+                logits = self._forward([padded], slot, n_last=len(chunk) - 1)
+                self._cache.ids[slot] += chunk
+                self._last_used[slot] = self.counters.n_steps
+                budget -= len(chunk)
+                if start + len(chunk) == len(answer.prompt_ids):
+                    self._decoding.append(answer)
+                    self._prefilling = None
+                    self._sample([answer], logits, pieces)
 
     def _padded(self, chunk: list[int], start: int) -> list[int]:
         """Return a chunk that begins at ``start``, filled up to one of a few widths.
@@ -320,20 +322,32 @@ class Engine:
         answers = list(self._decoding)
         if not answers:
             return
-        last = [[answer.tokens[-1].id] for answer in answers]
-        logits = self._forward(last)
-        for slot, ids in enumerate(last):
-            self._cache.ids[slot] += ids
-            self._last_used[slot] = self.counters.n_steps
-        self._sample(answers, logits, pieces)
+        last = [answer.tokens[-1].id for answer in answers]
+        with self._tuned(len(last)):
+            logits = self._next_logits(last)
+            for slot, token_id in enumerate(last):
+                self._cache.ids[slot].append(token_id)
+                self._last_used[slot] = self.counters.n_steps
+            self._sample(answers, logits, pieces)
 
     def _decode_alone(self, pieces: list[tuple[Answer, Piece]]) -> None:
         for answer in list(self._decoding):
             slot = self._decoding.index(answer)  # others may have left, and this one moved
-            last = [answer.tokens[-1].id]
-            logits = self._forward([last], slot)
-            self._cache.ids[slot] += last
+            last = answer.tokens[-1].id
+            logits = self._next_logits([last], slot)
+            self._cache.ids[slot].append(last)
             self._sample([answer], logits, pieces)
+
+    def _tuned(self, n_tokens: int) -> AbstractContextManager:
+        """Compute what is inside, choosing tokens included, with the best number of threads."""
+        return nullcontext() if self._threads is None else self._threads.step(n_tokens)
+
+    def _next_logits(self, last: list[int], slot: int | None = None) -> Tensor:
+        """Append a token to each of the first slots, or to one; return the logits (n, V)."""
+        if self._fast_step is not None:
+            with torch.inference_mode():
+                return self._fast_step(self._cache, last, slot or 0)
+        return self._forward([[token_id] for token_id in last], slot)
 
     @torch.inference_mode()
     def _forward(self, ids: list[list[int]], slot: int | None = None, n_last: int = 0) -> Tensor:
@@ -342,23 +356,18 @@ class Engine:
         Args:
             slot: of the only row; None: a token each for the first slots.
         """
-        if self._fast_step is not None and len(ids[0]) == 1 and n_last == 0:
-            last = [row[0] for row in ids]
-            with self._threads.step(len(ids)) if self._threads else nullcontext():
-                return self._fast_step(self._cache, last, slot or 0)
         if slot is None:
             view = StepView(self._cache, len(ids), self._device)
             places = {"position_ids": view.positions[:, None], "attention_mask": view.mask()}
         else:
             view, places = PromptView(self._cache, slot), {}
-        with self._threads.step(len(ids) * len(ids[0])) if self._threads else nullcontext():
-            out = self.model(
-                torch.tensor(ids, device=self._device),
-                past_key_values=view,
-                use_cache=True,
-                logits_to_keep=torch.tensor([n_last], device=self._device),
-                **places,
-            )
+        out = self.model(
+            torch.tensor(ids, device=self._device),
+            past_key_values=view,
+            use_cache=True,
+            logits_to_keep=torch.tensor([n_last], device=self._device),
+            **places,
+        )
         return out.logits[:, 0]
 
     def _sample(

@@ -126,11 +126,25 @@ def keep_likely(
 
     ``max_k`` says that every row has a top-k, and none a larger one.
     """
+    ranked, order = likely(logits, top_k, top_p, min_p, max_k)
+    return torch.full_like(logits, -math.inf).scatter(-1, order, ranked)
+
+
+def likely(
+    logits: Tensor,
+    top_k: int | Tensor,
+    top_p: float | Tensor,
+    min_p: float | Tensor,
+    max_k: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return the same for as few of the likeliest as hold all that stays: their logits, and their
+    ids.
+    """
     top_k, top_p, min_p = (torch.as_tensor(f, device=logits.device) for f in (top_k, top_p, min_p))
     max_k = max_k or (int(top_k) if top_k.dim() == 0 else 0)
 
     def look_at(n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the ``n`` likeliest logits, where they stand, and which of them stay."""
+        """Return the ``n`` likeliest logits, their ids, and which of them stay."""
         ranked, order = logits.topk(n, dim=-1) if n < n_all else logits.sort(-1, descending=True)
         return ranked, order, stays(logits, ranked, top_k, top_p, min_p)
 
@@ -139,15 +153,12 @@ def keep_likely(
     ranked, order, keep = look_at(min(n_all, max_k if is_limited else LIKELIEST))
     if not is_limited and LIKELIEST < n_all:  # a tenth of the time of a sort, and mostly enough
         n_kept = keep.sum(dim=-1, keepdim=True)
-        least, after = (
-            ranked.gather(-1, n_kept - 1),
-            ranked.gather(-1, n_kept.clamp(max=LIKELIEST - 1)),
-        )
+        least = ranked.gather(-1, n_kept - 1)
+        after = ranked.gather(-1, n_kept.clamp(max=LIKELIEST - 1))
         # what stays may go on outside; and of equals a sort may keep another
         if top_k.any() or not (least > after).all():
             ranked, order, keep = look_at(n_all)
-    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, keep)
-    return logits.masked_fill(~kept, -math.inf)
+    return ranked.masked_fill(~keep, -math.inf), order
 
 
 def stays(logits: Tensor, ranked: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -272,23 +283,28 @@ def choose_ids(
     def column(values: Sequence[float | int]) -> Tensor:
         return torch.tensor(values, device=logits.device)[:, None]
 
-    # the likeliest becomes 0, so that a tiny temperature cannot overflow
-    scaled = logits - logits.amax(dim=-1, keepdim=True)
-    scaled = scaled / column([max(o.temperature, 1e-6) for o in options])
-    filtered = [i for i, o in enumerate(options) if o.top_k or o.top_p < 1 or o.min_p]
-    for limited in (True, False):  # with a top-k only the few are looked at, without it all
-        rows = [i for i in filtered if (options[i].top_k > 0) == limited]
-        if rows:
-            top_k = [options[i].top_k for i in rows]
-            top_p, min_p = ([getattr(options[i], n) for i in rows] for n in ("top_p", "min_p"))
-            kept = keep_likely(
-                scaled[rows], column(top_k), column(top_p), column(min_p), max_k=max(top_k)
-            )
-            scaled[rows] = kept
+    ids = logits.argmax(dim=-1)
     uniform = [0.0 if g else r.random() for g, r in zip(greedy, generators, strict=True)]
-    ids = draw(scaled, column(uniform))
-    if any(greedy):
-        ids = torch.where(column(greedy)[:, 0], logits.argmax(dim=-1), ids)
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for i, o in enumerate(options):
+        if not greedy[i]:
+            kinds.setdefault((o.top_k > 0, o.top_p < 1 or o.min_p > 0), []).append(i)
+    for (is_limited, is_filtered), rows in kinds.items():
+        of = [options[i] for i in rows]
+        scaled = logits if len(rows) == len(options) else logits[rows]
+        # the likeliest becomes 0, so that a tiny temperature cannot overflow
+        scaled = scaled - scaled.amax(dim=-1, keepdim=True)
+        scaled = scaled / column([max(o.temperature, 1e-6) for o in of])
+        numbers = column([uniform[i] for i in rows])
+        if not (is_limited or is_filtered):
+            ids[rows] = draw(scaled, numbers)
+            continue
+        filters = (column([getattr(o, name) for o in of]) for name in ("top_k", "top_p", "min_p"))
+        max_k = max(o.top_k for o in of) if is_limited else 0
+        ranked, order = likely(scaled, *filters, max_k=max_k)
+        order, index = order.sort(dim=-1)  # drawn from in the order of ids, as from all
+        drawn = draw(ranked.gather(-1, index), numbers)
+        ids[rows] = order.gather(-1, drawn[:, None])[:, 0]
     return ids
 
 

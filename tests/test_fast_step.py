@@ -126,6 +126,15 @@ def test_the_engine_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(calls) == 1 + len(expected) > 3
 
 
+def test_a_prompt_computed_token_by_token() -> None:
+    model = tiny_model(3)
+    expected = ids_of(model, GREEDY)
+    pack(model)
+    engine = Engine(model, None, prefill_chunk=1)
+    (answer,) = engine.answer_all([PROMPT], GREEDY)
+    assert [token.id for token in answer.tokens] == expected
+
+
 def test_models_that_have_no_short_way(build: Build) -> None:
     assert fast_step(build()) is None  # not packed
     mixture = build(use_moe=True)
