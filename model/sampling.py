@@ -164,13 +164,13 @@ def likely(
 def stays(logits: Tensor, ranked: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Say which of the likeliest, ``ranked``, the filters let stay: the first few."""
     rank = torch.arange(ranked.shape[-1], device=logits.device)
-    keep = (rank < top_k) | (top_k == 0)
+    has_k = top_k > 0
+    keep = (rank < top_k) | ~has_k
     left = ranked.masked_fill(~keep, -math.inf)
-    # without a top-k the mass is that of all, whether or not they are ranked
-    all_left = torch.where(
-        top_k == 0, logits.logsumexp(dim=-1, keepdim=True), left.logsumexp(dim=-1, keepdim=True)
-    )
-    probs = (left - all_left).exp()
+    total = left.logsumexp(dim=-1, keepdim=True)
+    if not has_k.all():  # without a top-k the mass is that of all, whether or not they are ranked
+        total = torch.where(has_k, total, logits.logsumexp(dim=-1, keepdim=True))
+    probs = (left - total).exp()
     mass_before = probs.cumsum(dim=-1) - probs
     # >= 1 is off: rounding may lift the mass before the last tokens to 1
     keep = keep & ((mass_before < top_p) | (top_p >= 1))
@@ -283,7 +283,7 @@ def choose_ids(
     def column(values: Sequence[float | int]) -> Tensor:
         return torch.tensor(values, device=logits.device)[:, None]
 
-    ids = logits.argmax(dim=-1)
+    ids = logits.argmax(dim=-1) if any(greedy) else torch.empty_like(logits[:, 0], dtype=torch.long)
     uniform = [0.0 if g else r.random() for g, r in zip(greedy, generators, strict=True)]
     kinds: dict[tuple[bool, bool], list[int]] = {}
     for i, o in enumerate(options):
