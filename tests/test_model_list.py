@@ -78,14 +78,15 @@ def test_an_adapter_is_found_on_its_base_and_opens_merged(
     add_adapter(model, LoRAConfig(rank=2))
     generator = torch.Generator().manual_seed(1)
     for _, layer in adapters(model):
-        layer.lora_B.data.normal_(generator=generator)
+        layer.lora_B.data.normal_(std=0.1, generator=generator)
     save_adapter(model, tmp_path / "out" / "lora_64", base)
     choice = find_models(tmp_path / "out")[1]
     assert choice == ModelChoice("rl_64+lora_64", base, tmp_path / "out" / "lora_64")
     tokens = torch.tensor([[1, 40, 41, 42]])
     merge_adapter(model)
     found = open_model(choice, flags()).model(tokens).logits
-    torch.testing.assert_close(found, model(tokens).logits)
+    # packed: another order of sums
+    torch.testing.assert_close(found, model(tokens).logits, rtol=0, atol=2e-5)
     base.unlink()  # an adapter whose base is gone cannot be used
     assert find_models(tmp_path / "out") == []
 
