@@ -13,7 +13,12 @@ SAMPLE_TEXT = "中国的"  # continued after each validation
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(
-        __doc__, data_path="dataset/pretrain_data.csv", epochs=1.0, v1={"epochs": 5.0}
+        __doc__,
+        data_path="dataset/pretrain_data.csv",
+        optimizer="muon",
+        learning_rate=4e-3,
+        min_updates=128,
+        v1={"epochs": 5.0},
     )
     return parse_training_args(parser, argv)
 

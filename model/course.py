@@ -78,6 +78,17 @@ class Schedule:
         return learning_rate_at(step, self.n_steps, args.learning_rate, args.schedule, self.warmup)
 
 
+def settle_batch_size(args: argparse.Namespace, n_rows: int, world_size: int) -> None:
+    """Take smaller updates where the recipe's own would be fewer than ``min_updates``: on little
+    data their number counts for more than their size (benchmarks/LOG.md).
+    """
+    is_open = "batch_size" in args.from_recipe and args.recipe == "best" and not args.max_steps
+    if args.min_updates is None or not is_open:
+        return
+    most = args.epochs * n_rows / (args.min_updates * args.accumulation_steps * world_size)
+    args.batch_size = max(1, min(args.batch_size, int(most)))
+
+
 class TimeLeft:
     """How long a run still takes, from what its updates, validations and saves have taken.
 

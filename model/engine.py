@@ -100,7 +100,7 @@ class Engine:
             the gradient's norm before clipping, and whether the update was made.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("rate_factor", 1.0)
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.args.grad_clip or math.inf))
         is_made = loss_is_finite and math.isfinite(norm)
@@ -133,7 +133,7 @@ class Engine:
         """Yield each trained parameter's name with the names of what is kept of it."""
         for group in self.optimizer.param_groups:
             is_matrix = group.get("orthogonal", False)
-            keys = {"momentum_buffer"} if is_matrix else {"step", "exp_avg", "exp_avg_sq"}
+            keys = {"step", *(("momentum_buffer",) if is_matrix else ("exp_avg", "exp_avg_sq"))}
             for parameter in group["params"]:
                 yield self.names[id(parameter)], keys
 

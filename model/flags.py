@@ -183,13 +183,19 @@ def quiz_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def training_parser(
-    description: str, *, data_path: str, v1: dict[str, Any], **defaults: Any
+    description: str,
+    *,
+    data_path: str,
+    v1: dict[str, Any],
+    min_updates: int | None = None,
+    **defaults: Any,
 ) -> argparse.ArgumentParser:
     """Return the parser of a training stage.
 
     Args:
         data_path: the stage's usual table.
         v1: in what the stage's documented recipe differs from ``V1_DEFAULTS``.
+        min_updates: for which the recipe's batch size gets smaller where data is little.
         defaults: in what the stage differs from ``DEFAULTS``.
     """
     parser = argparse.ArgumentParser(
@@ -197,7 +203,7 @@ def training_parser(
     )
     usual = {**DEFAULTS, **defaults}
     recipes = {"best": usual, "v1": {**usual, **V1_DEFAULTS, **v1}}
-    parser.set_defaults(recipes=recipes)
+    parser.set_defaults(recipes=recipes, min_updates=min_updates)
 
     def shown(name: str, text: str) -> str:
         best, old = (recipes[r][name] for r in ("best", "v1"))
@@ -230,8 +236,16 @@ def training_parser(
         type=positive(int),
         help=shown("accumulation_steps", "batches an update"),
     )
-    add("--learning_rate", type=positive(float), help=shown("learning_rate", "peak rate"))
-    add("--optimizer", choices=("adamw", "muon", "adam"), help=shown("optimizer", "optimizer"))
+    add(
+        "--learning_rate",
+        type=positive(float),
+        help=shown("learning_rate", "peak rate; fits the optimizer"),
+    )
+    add(
+        "--optimizer",
+        choices=("adamw", "muon", "adam"),
+        help=shown("optimizer", "muon: not with ZeRO"),
+    )
     add("--weight_decay", type=non_negative(float), help=shown("weight_decay", "on matrices"))
     add("--grad_clip", type=non_negative(float), help=shown("grad_clip", "0: off"))
     add(
@@ -319,6 +333,8 @@ def parse_training_args(
                 "start the script with torchrun"
             )
         args.optimizer = "adamw"
+    if "learning_rate" in args.from_recipe and args.optimizer != recipe["optimizer"] == "muon":
+        args.learning_rate = DEFAULTS["learning_rate"]
     if args.zero_stage == 0 and given:
         parser.error(
             f"{given[0]} needs ZeRO stage 1, 2 or 3; stage 0 keeps everything on every rank, which "

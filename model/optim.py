@@ -20,6 +20,7 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+EMBEDDING_RATE = 8.0  # times that of the matrices: measured, benchmarks/LOG.md
 LARGEST = 1.01  # no singular value may be above 1 at first: room for rounding
 
 
@@ -69,24 +70,27 @@ def make_optimizer(
 
 
 def with_matrices_apart(model: nn.Module, groups: list[dict]) -> list[dict]:
-    """Return the groups, and first those of matrices between hidden states, ``orthogonal``."""
+    """Return the groups, first those of matrices between hidden states, ``orthogonal``;
+    embeddings and norms learn faster.
+    """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     linear -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices, others = [], []
-    for group in groups:
+    # of what decays, a mixture's gate is left
+    for group, factor in zip(groups, (1.0, EMBEDDING_RATE), strict=True):
         parts = {True: [], False: []}
         for parameter in group["params"]:
             parts[id(parameter) in linear].append(parameter)
         matrices.append({**group, "params": parts[True], "orthogonal": True})
-        others.append({**group, "params": parts[False], "orthogonal": False})
+        others.append({**group, "params": parts[False], "orthogonal": False, "rate_factor": factor})
     return matrices + others
 
 
 class Muon(torch.optim.AdamW):
     """Muon for matrices between hidden states: the update is the momentum with all its singular
     values set to 1 (kellerjordan.github.io/posts/muon; arXiv:2502.16982, section 2). Scaled to
-    AdamW's usual size (there section 2.2), so learning rate and decay are those of AdamW, which the
-    other parameters get.
+    AdamW's usual size (there section 2.2), so that learning rate and decay are like those of AdamW,
+    which the other parameters get.
 
     Matrices of one shape, lying or standing, go through the iterations as one batch.
 
@@ -136,9 +140,12 @@ class Muon(torch.optim.AdamW):
         for parameters in batches.values():
             momenta = []
             for parameter in parameters:
-                buffer = self.state[parameter].setdefault(
-                    "momentum_buffer", torch.zeros_like(parameter)
-                )
+                state = self.state[parameter]
+                if not state:  # AdamW looks for a step in every state
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                state["step"] += 1
+                buffer = state["momentum_buffer"]
                 buffer.lerp_(parameter.grad, 1 - self.momentum)
                 momentum = parameter.grad.lerp(buffer, self.momentum)  # Nesterov's
                 momenta.append(lying(momentum).to(self.dtype))

@@ -15,7 +15,7 @@ import torch
 
 from .checkpoint import Loaded, width_name
 from .console import human, progress_display
-from .course import Progress, Schedule, TimeLeft
+from .course import Progress, Schedule, TimeLeft, settle_batch_size
 from .engine import Engine
 from .estimate import model_cost, peak_flops
 from .evaluation import evaluate
@@ -82,6 +82,7 @@ def train(
         ValueError: the run cannot start or go on; the message says what to do.
         OSError: the last save failed.
     """
+    settle_batch_size(args, data.n_rows, runtime.world_size)
     if args.auto_batch_size:
         schedule = Schedule(args, data.n_rows, runtime.world_size)
         reference = getattr(loss_fn, "reference", None)

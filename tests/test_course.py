@@ -2,7 +2,8 @@
 
 import pytest
 
-from model.course import TimeLeft
+from model.course import Schedule, TimeLeft, settle_batch_size
+from model.flags import parse_training_args, training_parser
 
 
 @pytest.mark.parametrize("n_steps", (100, 95))
@@ -41,3 +42,31 @@ def test_what_has_not_come_yet_is_guessed() -> None:
     assert left.seconds(1, {"validation": 100.0}) == 209
     left.add("validation", 7.0)
     assert left.seconds(6, {"validation": 100.0}) == 4 + 7
+
+
+@pytest.mark.parametrize("n_ranks", (1, 2))
+@pytest.mark.parametrize(
+    ("flags", "n_rows", "rows_an_update"),
+    (
+        ("", 4096, 16),
+        ("", 1024, 8),
+        ("--epochs 2", 1024, 16),
+        ("--epochs 2", 300, 4),
+        ("", 3, 1),
+        ("--batch_size 16", 300, 16),  # was asked for
+        ("--max_steps 30", 300, 16),  # the number of updates was
+        ("--recipe v1 --accumulation_steps 1", 300, 64),
+    ),
+)
+def test_little_data_makes_small_updates(
+    flags: str, n_rows: int, rows_an_update: int, n_ranks: int
+) -> None:
+    parser = training_parser("", data_path="a.csv", v1={}, min_updates=128)
+    args = parse_training_args(parser, flags.split())
+    settle_batch_size(args, n_rows, n_ranks)
+    is_settled = not flags or flags.startswith("--epochs")
+    if is_settled:
+        schedule = Schedule(args, n_rows, n_ranks)
+        assert schedule.n_steps >= 128 or args.batch_size == 1
+    if n_ranks == 1 or not is_settled:
+        assert args.batch_size == rows_an_update

@@ -1,6 +1,7 @@
 """The flags: recipes, checks, exit codes, and answers before anything heavy is imported."""
 
 import argparse
+import copy
 import gc
 import os
 import subprocess
@@ -241,3 +242,25 @@ print(before > 10_000, gc.get_freeze_count() - before)
     command = [sys.executable, "-c", code]
     shown = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert shown.split() == ["True", "0"]
+
+
+def test_the_usual_rate_is_that_of_the_optimizer() -> None:
+    """Muon's would be too high for another one, and DeepSpeed cannot have Muon."""
+    parser = training_parser("", data_path="a.csv", v1={}, optimizer="muon", learning_rate=4e-3)
+
+    def settled(flags: str) -> tuple[str, float]:
+        args = parse_training_args(copy.deepcopy(parser), flags.split())
+        return args.optimizer, args.learning_rate
+
+    assert settled("") == ("muon", 4e-3)
+    assert settled("--optimizer adamw") == ("adamw", 2e-3)
+    assert settled("--zero_stage 2") == ("adamw", 2e-3)
+    assert settled("--optimizer adamw --learning_rate 1e-2") == ("adamw", 1e-2)
+    assert settled("--recipe v1") == ("adam", 1e-4)
+
+
+def test_muon_and_deepspeed_are_told_apart(capsys: pytest.CaptureFixture) -> None:
+    parser = training_parser("", data_path="a.csv", v1={})
+    with pytest.raises(SystemExit):
+        parse_training_args(parser, ["--optimizer", "muon", "--zero_stage", "1"])
+    assert "--optimizer muon needs whole matrices on each rank" in capsys.readouterr().err

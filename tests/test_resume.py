@@ -265,9 +265,9 @@ def stopped(corpus: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 CHANGES = {
-    "--learning_rate 1e-3": "learning_rate: 0.002 then, 0.001 now",
+    "--learning_rate 1e-3": "learning_rate: 0.004 then, 0.001 now",
     "--weight_decay 0": "weight_decay: 0.1 then, 0.0 now",
-    "--optimizer adam": "optimizer: 'adamw' then, 'adam' now",
+    "--optimizer adam": "optimizer: 'muon' then, 'adam' now",
     "--schedule cosine": "schedule: 'linear' then, 'cosine' now",
     "--seed 7": "seed: 1337 then, 7 now",
     "--grad_clip 0": "grad_clip: 1.0 then, 0.0 now",
@@ -314,11 +314,23 @@ def test_another_tokenizer_or_shape_is_no_change_to_accept(stopped: tuple[Path, 
 @pytest.mark.slow
 def test_accepted_settings_take_effect(stopped: tuple[Path, Path]) -> None:
     own, out = stopped
-    run = make_run(own, out, "--max_steps 6 --weight_decay 0.5 --optimizer adam --resume_anyway")
+    run = make_run(own, out, "--max_steps 6 --weight_decay 0.5 --resume_anyway")
     settings = [dict(group, params=None) for group in run.engine.optimizer.param_groups]
     progress = run.saves.begin()
     assert [dict(group, params=None) for group in run.engine.optimizer.param_groups] == settings
     assert run.engine.optimizer.state and progress.step == 2
+
+
+@pytest.mark.slow
+def test_another_kind_of_optimizer_begins_anew(
+    stopped: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    own, out = stopped
+    flags = "--max_steps 6 --optimizer adamw --resume_anyway"
+    run = make_run(own, out, flags)
+    assert run.saves.begin().step == 2 and not run.engine.optimizer.state
+    assert "the state is of another optimizer" in capsys.readouterr().err
+    assert pretrain(own, out, flags) == 0
 
 
 @pytest.mark.slow
