@@ -65,6 +65,7 @@ class Loaded:
         adapter: folder of the adapter that was put on or merged, if any.
         base_digest: of the weights without an adapter, where one is trained on them.
         n_params: the model's parameters as it was loaded.
+        dtype: what its weights are in; a packed model's does not say it.
     """
 
     model: MiniMindForCausalLM
@@ -75,6 +76,7 @@ class Loaded:
 
     def __post_init__(self) -> None:
         self.n_params = sum(parameter.numel() for parameter in self.model.parameters())
+        self.dtype = self.model.dtype
 
 
 def weights_path(
@@ -624,4 +626,5 @@ def load_for_inference(
     loaded.model.to(device=device).eval()
     if not (packed and pack(loaded.model, dtype)):
         loaded.model.to(dtype=dtype)
+    loaded.dtype = dtype
     return loaded

@@ -64,7 +64,7 @@ class LocalModel:
             "n_params": loaded.n_params / 1e6,
             "context": model.config.max_seq_len,
             "device": str(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
         }
         engine = Engine(model, loaded.tokenizer)
         # the replies are filled as the pieces come, so nobody needs to collect them
