@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .fused_attention import AttentionBlock, as_bias
 from .fused_feed_forward import Experts, FeedForwardBlock, FeedForwardLayer
-from .fused_pieces import product
+from .fused_pieces import product, weight_gradient
 from .model import (
     Attention,
     FeedForward,
@@ -158,7 +158,7 @@ class HeadLoss(Function):
             if is_trained:
                 grad = probabilities.scatter_(1, labels, wanted - 1).to(dtype)
                 x_grad[part] = product(grad, cast.T).to(x_grad.dtype)
-                weight_grad += product(grad.T, rows.T)
+                weight_grad += weight_gradient(grad, rows)
         ctx.save_for_backward(x_grad, weight_grad)
         ctx.shape = x.shape
         return total

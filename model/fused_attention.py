@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .fused_pieces import joined, joined_backward, normed, normed_backward, product
+from .fused_pieces import joined, joined_backward, normed, normed_backward, product, weight_gradient
 
 QUERIES = 128  # of a block of attention
 SCORES = 1 << 20  # computed at once, 2 or 4 MB: what stays in a core's second-level cache
@@ -163,7 +163,7 @@ class AttentionBlock(Function):
         H, dtype = K * G, x_normed.dtype
         grad = grad.contiguous()
         part = grad.view(-1, grad.shape[-1]).to(dtype)
-        wo_grad = product(part.T, attended.T).to(wo.dtype)
+        wo_grad = weight_gradient(part, attended).to(wo.dtype)
         attended_grad = product(part, wo.to(dtype).T).view(B, T, -1)
         q_grad, k_grad, v_grad = attend_backward(attended_grad, q, k, v, bias)
         qkv_grad = part.new_empty(B, T, H + 2 * K, head_dim)
@@ -173,7 +173,7 @@ class AttentionBlock(Function):
         qkv_grad[:, :, H + K :] = v_grad.transpose(1, 2)
         qkv_grad = qkv_grad.flatten(0, 1).flatten(1)  # (N, (H + 2 K) Dh)
         x_normed_grad = product(qkv_grad, joined(weights, norm_weight, dtype).T).float()
-        joined_grad = product(qkv_grad.T, x_normed.T)
+        joined_grad = weight_gradient(qkv_grad, x_normed)
         weight_grads, norm_grad = joined_backward(joined_grad, weights, norm_weight)
         x_grad = normed_backward(x_normed_grad, x_normed, scale).view_as(grad).add_(grad)
         return x_grad, norm_grad, *weight_grads, wo_grad, None, None, None, None, None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .fused_pieces import joined, joined_backward, normed, normed_backward, product
+from .fused_pieces import joined, joined_backward, normed, normed_backward, product, weight_gradient
 
 ROWS = 256  # gated at once, so that what lies between stays in a core's cache
 
@@ -57,9 +57,9 @@ def swiglu_backward(
     """Return the gradients for ``x``, for w1, w3 and w2, and for a norm's weight."""
     out = product(grad, w2.to(x.dtype).T)  # the gradient of what was gated, then what was gated
     hidden_grad = gated_backward(out, hidden)
-    w2_grad = product(grad.T, out.T).to(w2.dtype)
+    w2_grad = weight_gradient(grad, out).to(w2.dtype)
     x_grad = product(hidden_grad, joined([w1, w3], norm_weight, x.dtype).T)
-    joined_grad = product(hidden_grad.T, x.T)
+    joined_grad = weight_gradient(hidden_grad, x)
     weight_grads, norm_grad = joined_backward(joined_grad, [w1, w3], norm_weight)
     return x_grad, [*weight_grads, w2_grad], norm_grad
 

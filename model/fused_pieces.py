@@ -21,6 +21,14 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.T
 
 
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Return ``grad.T @ x``, (N, M) and (N, D) -> (M, D)."""
+    if grad.dtype == torch.float32 and prefers_onednn() and grad.shape[1] > x.shape[1]:
+        # the larger operand goes where it is laid out anew: up to half as fast again
+        return product(x.T, grad.T).T.contiguous()
+    return product(grad.T, x.T)
+
+
 @cache
 def prefers_onednn() -> bool:
     """Whether fp32 products go to oneDNN: torch takes MKL for them, which on processors with

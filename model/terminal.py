@@ -72,7 +72,9 @@ def introduce(loaded: "Loaded") -> None:
     adapter = f" with the adapter {loaded.adapter}" if loaded.adapter else ""
     print(
         f"weights: {loaded.path}{adapter} ({loaded.n_params / 1e6:.1f} M parameters, context "
-        f"{model.config.max_seq_len} tokens, {model.device}, {loaded.dtype})\n".replace("torch.", "")
+        f"{model.config.max_seq_len} tokens, {model.device}, {loaded.dtype})\n".replace(
+            "torch.", ""
+        )
     )
 
 
