@@ -133,7 +133,7 @@ class Engine:
         """Yield each trained parameter's name with the names of what is kept of it."""
         for group in self.optimizer.param_groups:
             is_matrix = group.get("orthogonal", False)
-            keys = {"step", *(("momentum_buffer",) if is_matrix else ("exp_avg", "exp_avg_sq"))}
+            keys = {"momentum_buffer"} if is_matrix else {"step", "exp_avg", "exp_avg_sq"}
             for parameter in group["params"]:
                 yield self.names[id(parameter)], keys
 

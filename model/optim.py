@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 COOLDOWN_SHARE = (
     0.6  # of the run, in the "linear" schedule: long cool-downs measure best at this size
@@ -20,6 +21,7 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+BETAS = (0.9, 0.98)  # of AdamW: small batches want a long memory
 EMBEDDING_RATE = 8.0  # times that of the matrices: measured, benchmarks/LOG.md
 LARGEST = 1.01  # no singular value may be above 1 at first: room for rounding
 
@@ -45,7 +47,7 @@ def make_optimizer(
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
-    """Return ``adamw`` (arXiv:1711.05101; betas 0.9, 0.98 as small batches want), ``muon`` or v1's
+    """Return ``adamw`` (arXiv:1711.05101), ``muon`` or v1's
     ``adam``.
 
     Args:
@@ -63,7 +65,7 @@ def make_optimizer(
     if name == "muon":
         return Muon(groups, learning_rate, dtype, fused=fused)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=fused)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=fused)
     if name == "adam":
         return torch.optim.Adam(groups, lr=learning_rate, fused=fused)
     raise ValueError(f'optimizer={name!r} is unknown: use "adamw", "muon" or "adam"')
@@ -86,7 +88,7 @@ def with_matrices_apart(model: nn.Module, groups: list[dict]) -> list[dict]:
     return matrices + others
 
 
-class Muon(torch.optim.AdamW):
+class Muon(torch.optim.Optimizer):
     """Muon for matrices between hidden states: the update is the momentum with all its singular
     values set to 1 (kellerjordan.github.io/posts/muon; arXiv:2502.16982, section 2). Scaled to
     AdamW's usual size (there section 2.2), so that learning rate and decay are like those of AdamW,
@@ -97,6 +99,7 @@ class Muon(torch.optim.AdamW):
     Args:
         groups: of parameters; those that are ``orthogonal`` are matrices.
         dtype: what the iterations are computed in if it is bf16; otherwise they are in fp32.
+        fused: AdamW in one kernel.
     """
 
     def __init__(
@@ -106,10 +109,11 @@ class Muon(torch.optim.AdamW):
         dtype: torch.dtype = torch.float32,
         *,
         momentum: float = 0.95,
+        betas: tuple[float, float] = BETAS,
         fused: bool = False,
     ) -> None:
-        super().__init__(groups, lr=lr, betas=(0.9, 0.98), fused=fused)
-        self.momentum = momentum
+        super().__init__(groups, {"lr": lr})
+        self.momentum, self.betas, self.fused = momentum, betas, fused
         self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
     @torch.no_grad()
@@ -121,15 +125,40 @@ class Muon(torch.optim.AdamW):
         """
         if closure is not None:
             raise ValueError("Muon takes no closure: compute the gradients before step()")
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["orthogonal"]]
-        try:
-            super().step()
-        finally:
-            self.param_groups = groups
-        for group in groups:
+        for group in self.param_groups:
             if group["orthogonal"]:
                 self.step_matrices(group)
+            else:
+                self.step_others(group)
+
+    def step_others(self, group: dict) -> None:
+        """Update what is no matrix as AdamW does."""
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                on = parameter.device if self.fused else None
+                state["step"] = torch.zeros((), dtype=torch.float32, device=on)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        if not parameters:
+            return
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")),
+            [],
+            [state["step"] for state in states],
+            fused=self.fused,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
 
     def step_matrices(self, group: dict) -> None:
         """Update the matrices of a group."""
@@ -140,12 +169,9 @@ class Muon(torch.optim.AdamW):
         for parameters in batches.values():
             momenta = []
             for parameter in parameters:
-                state = self.state[parameter]
-                if not state:  # AdamW looks for a step in every state
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                state["step"] += 1
-                buffer = state["momentum_buffer"]
+                buffer = self.state[parameter].setdefault(
+                    "momentum_buffer", torch.zeros_like(parameter)
+                )
                 buffer.lerp_(parameter.grad, 1 - self.momentum)
                 momentum = parameter.grad.lerp(buffer, self.momentum)  # Nesterov's
                 momenta.append(lying(momentum).to(self.dtype))

@@ -216,7 +216,11 @@ class Run:
         if self.stopping:
             bar.close()  # nothing is new since the last save
             return
-        updates = prefetch(self.updates(), depth=2)
+        updates = self.updates()
+        if runtime.device.type != "cpu":
+            # on a CPU there is nothing to win, and a second thread that computes gets a team of
+            # threads of its own: with more than cores, every operation waits (benchmarks/LOG.md)
+            updates = prefetch(updates, depth=2)
         ready_at = time.monotonic()
         for batches in updates:
             lr = self.schedule.learning_rate(progress.step)

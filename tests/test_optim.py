@@ -168,3 +168,16 @@ def test_matrices_without_a_gradient_stay(build: Build) -> None:
     assert moved == {"layers.0.attention.wo.weight"}
     with pytest.raises(ValueError, match="Muon takes no closure"):
         optimizer.step(lambda: 0.0)
+
+
+def test_embedding_and_norms_learn_faster_than_matrices(build: Build) -> None:
+    model = build(use_moe=True)
+    groups = make_optimizer(model, "muon", 0.01, 0.1).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    factors = {
+        names[id(p)]: group.get("rate_factor", 1.0) for group in groups for p in group["params"]
+    }
+    assert set(factors) == set(names.values())
+    fast = {name for name in factors if "norm" in name or name == "tok_embeddings.weight"}
+    assert {name for name, factor in factors.items() if factor == 8.0} == fast
+    assert {factors[name] for name in set(factors) - fast} == {1.0}

@@ -4,6 +4,7 @@ Real runs of ``1-pretrain.py`` and ``3-full_sft.py`` on tiny files, most of them
 """
 
 import contextlib
+import copy
 import json
 import os
 import resource
@@ -99,6 +100,13 @@ def gradients(run: Run) -> list[dict[str, Tensor]]:
 
 
 # ----------------------------------------------------------------------------- one update
+
+
+def test_each_group_has_its_part_of_the_rate(corpus: Path, tmp_path: Path) -> None:
+    run = make_run(corpus, tmp_path)
+    run.update(next(run.updates()), 1e-3)
+    rates = {group["lr"] for group in run.engine.optimizer.param_groups}
+    assert rates == {1e-3, 8e-3}
 
 
 @pytest.mark.parametrize("stage", ("pretrain", "full_sft_multi"))
@@ -365,12 +373,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
     updates = run.updates()
     run.update(next(updates), 1e-3)
     before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-    moments = [s["exp_avg"].clone() for s in run.engine.optimizer.state.values()]
+    moments = copy.deepcopy(list(run.engine.optimizer.state.values()))
     loss, units = run.progress.loss, run.progress.units
     run.update(next(updates), 1e-3)
     assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
-    now = [s["exp_avg"] for s in run.engine.optimizer.state.values()]
-    assert all(torch.equal(a, b) for a, b in zip(moments, now, strict=True))
+    for was, now in zip(moments, run.engine.optimizer.state.values(), strict=True):
+        assert all(torch.equal(value, now[key]) for key, value in was.items())
     assert (run.progress.loss, run.progress.units) == (loss, units)
     assert (run.progress.step, run.progress.skipped, run.progress.skipped_in_a_row) == (2, 1, 1)
     run.update(next(updates), 1e-3)
@@ -441,7 +449,7 @@ def test_a_line_has_the_means_since_the_one_before(corpus: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_training_learns_and_validation_measures_it(corpus: Path, tmp_path: Path) -> None:
-    flags = "--max_steps 60 --learning_rate 1e-2 --eval_interval 30 --log_interval 10"
+    flags = "--max_steps 60 --eval_interval 30 --log_interval 10"
     pretrain(corpus, tmp_path, flags)
     found = records(tmp_path)
     losses = [record["loss"] for record in found if "lr" in record]
