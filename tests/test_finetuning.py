@@ -72,7 +72,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chdir(folder)
     try:
         given = f"{PLACE} --tokenizer tokenizer {QUIET} --max_steps 60 --learning_rate 1e-2"
-        assert run("1-pretrain.py", given, MODEL, "--data_path pretrain.csv") == 0
+        assert run("1-pretrain.py", given, MODEL, "--data_path pretrain.csv --optimizer adamw") == 0
         assert run("3-full_sft.py", given, "--dim 32 --data_path sft_single.csv") == 0
     finally:
         os.chdir(before)
