@@ -51,7 +51,28 @@ from model.tokenizer import Tokenizer  # noqa: E402
 SIZE = {"dim": 256, "n_layers": 4, "n_heads": 8, "n_kv_heads": 4}
 SHARDS, HELD_OUT_SHARD = range(5), 5
 N_HELD_OUT, SHORTEST, LONGEST = 200, 30, 380  # documents; characters
-BUDGETS = (50, 63, 80, 100, 125, 160, 200, 250, 320, 400, 500, 630, 800, 1000, 1250, 1600, 2000)
+BUDGETS = (
+    12,
+    16,
+    20,
+    25,
+    32,
+    40,
+    50,
+    63,
+    80,
+    100,
+    125,
+    160,
+    200,
+    250,
+    320,
+    400,
+    500,
+    630,
+    800,
+    1000,
+)
 TICKS = 10_000  # of the baselines' clock, which stands for their steps
 TOLERANCE = 0.01  # nats between our own validation and this one: the precision's
 Record = dict[str, Any]
@@ -91,7 +112,7 @@ def main() -> None:
     add("--seeds", type=int, nargs="+", default=[1337])
     add("--only", nargs="+", choices=RECIPES, help="baselines (default: all)")
     add("--budgets", type=int, nargs="+", default=list(BUDGETS), help="updates of ours")
-    add("--recipe_flags", default="", help="further flags of 1-pretrain.py")
+    add("--recipe_flags", default="--batch_size 4", help="further flags of 1-pretrain.py")
     add("--reuse", type=Path, help="take the baselines of this file of figures")
     add("--data", type=Path, default=ROOT.parent / "shared" / "data")
     add("--tokenizer", type=Path, help="default: original_tokenizer in --data")
