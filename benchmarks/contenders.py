@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ MOE = {"use_moe": True, "n_routed_experts": 4, "n_shared_experts": 2}
 CONTENDERS = {
     "ours fp32": ("ours", "float32", False),
     "ours bf16": ("ours", "bfloat16", False),
+    "ours Muon fp32": ("muon", "float32", False),
+    "ours Muon bf16": ("muon", "bfloat16", False),
     "ours fp32 --compile": ("ours", "float32", True),
     "ours bf16 --compile": ("ours", "bfloat16", True),
     "Llama fp32": ("llama", "float32", False),
@@ -100,7 +103,14 @@ def main() -> None:
         batches = make_batches(args, config)
         pacer = Pacer(args.device, batches, base_mb)
         torch.manual_seed(0)
-        builders = {"ours": ours, "moe": ours, "llama": llama, "trainer": trainer, "litgpt": litgpt}
+        builders = {
+            "ours": ours,
+            "moe": ours,
+            "muon": partial(ours, optimizer="muon"),
+            "llama": llama,
+            "trainer": trainer,
+            "litgpt": litgpt,
+        }
         builders[kind](config, batches, pacer, args.device, dtype, compiled)
 
 
@@ -209,16 +219,30 @@ class Pacer:
 
 
 def ours(
-    config: LMConfig, batches: list[Batch], pacer: Pacer, device: str, dtype: str, compiled: bool
+    config: LMConfig,
+    batches: list[Batch],
+    pacer: Pacer,
+    device: str,
+    dtype: str,
+    compiled: bool,
+    optimizer: str = "adamw",  # the peers'; pretraining's own default is Muon
 ) -> None:
-    """Train as the stages do: the engine, with what a script's flags default to."""
+    """Train as the stages do, with their engine."""
     from model.engine import Engine
     from model.estimate import model_cost
     from model.losses import language_model_loss
     from model.model import MiniMindForCausalLM
     from model.runtime import setup
 
-    flags = ["--device", device, "--dtype", dtype, *(["--compile"] if compiled else [])]
+    flags = [
+        "--device",
+        device,
+        "--dtype",
+        dtype,
+        "--optimizer",
+        optimizer,
+        *(["--compile"] if compiled else []),
+    ]
     args = parse_training_args(training_parser("", data_path="", v1={}), flags)
     runtime = setup(args.device, args.dtype, args.seed, args.num_workers)
     engine = Engine(MiniMindForCausalLM(config), args, runtime)

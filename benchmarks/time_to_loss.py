@@ -51,27 +51,8 @@ from model.tokenizer import Tokenizer  # noqa: E402
 SIZE = {"dim": 256, "n_layers": 4, "n_heads": 8, "n_kv_heads": 4}
 SHARDS, HELD_OUT_SHARD = range(5), 5
 N_HELD_OUT, SHORTEST, LONGEST = 200, 30, 380  # documents; characters
-BUDGETS = (
-    12,
-    16,
-    20,
-    25,
-    32,
-    40,
-    50,
-    63,
-    80,
-    100,
-    125,
-    160,
-    200,
-    250,
-    320,
-    400,
-    500,
-    630,
-    800,
-    1000,
+BUDGETS = tuple(
+    map(int, "12 16 20 25 32 40 50 63 80 100 125 160 200 250 320 400 500 630 800".split())
 )
 TICKS = 10_000  # of the baselines' clock, which stands for their steps
 TOLERANCE = 0.01  # nats between our own validation and this one: the precision's
@@ -164,6 +145,8 @@ class Bench:
         reused = json.loads(args.reuse.read_text("utf-8")) if args.reuse else {}
         if reused and reused["seconds"] != args.seconds:
             sys.exit(f"{args.reuse} has baselines of {reused['seconds']} s, not {args.seconds}")
+        if reused and reused["threads"] != torch.get_num_threads():
+            sys.exit(f"{args.reuse} has baselines of {reused['threads']} threads")
         began = time.perf_counter()
         self.data = {padded: self.open_data(padded) for padded in (False, True)}
         self.result: Record = {
@@ -190,7 +173,8 @@ class Bench:
         """Train a baseline and note what it reaches, unless it is known."""
         found = self.result["baselines"].setdefault(str(seed), {})
         if name in found:
-            print(f"  {name}, seed {seed}: reused, {shown(found[name])}", flush=True)
+            when = found[name].get("at", "?")
+            print(f"  {name}, seed {seed}: of {when}, {shown(found[name])}", flush=True)
             return
         recipe = RECIPES[name]
         torch.manual_seed(seed)
@@ -198,7 +182,7 @@ class Bench:
         tokens = train_baseline(
             model, recipe, self.data[recipe.padded], self.args.seconds, seed, self.device
         )
-        found[name] = {**tokens, **self.judge(model)}
+        found[name] = {**tokens, **self.judge(model), "at": time.strftime("%Y-%m-%d %H:%M")}
         print(f"  {name}, seed {seed}: {shown(found[name])}", flush=True)
         self.write()
 

@@ -30,7 +30,14 @@ from machine import describe, machine
 
 HERE = Path(__file__).resolve().parent
 QUICK = {
-    "cpu": ["ours fp32", "ours bf16", "Llama fp32", "Llama bf16", "ours MoE fp32"],
+    "cpu": [
+        "ours fp32",
+        "ours bf16",
+        "ours Muon bf16",
+        "Llama fp32",
+        "Llama bf16",
+        "ours MoE fp32",
+    ],
     "cuda": ["ours bf16", "ours bf16 --compile", "Llama bf16", "Llama bf16 compiled", "MoE bf16"],
 }
 Report = dict[str, float]
@@ -224,11 +231,12 @@ class Bench:
                         at_least=False,
                     ),
                 )
-                for kind in self.peak_kinds(own) if own in self.names else ():
-                    shares = self.ratios(self.flops(own), self.peaks[kind])
-                    title = f"{self.model}: {own}, share of {kind}"
-                    if precision == "fp32":  # the goal's sgemm
-                        lines.append(verdict(title, shares, 0.82, 0.92, ".0%"))
+                if own in self.names and precision == "fp32":  # the goal's sgemm
+                    peaks = [self.peaks[kind] for kind in self.peak_kinds(own)]
+                    fastest = [max(of_round) for of_round in zip(*peaks, strict=True)]
+                    shares = self.ratios(self.flops(own), fastest)
+                    title = f"{self.model}: {own}, share of the faster sgemm"
+                    lines.append(verdict(title, shares, 0.82, 0.92, ".0%"))
             dense = f"ours {precision}"
             compared(
                 moe,

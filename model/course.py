@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from .optim import learning_rate_at
 
 WARMUP_SHARE, MAX_WARMUP = 0.02, 200
+LEAST_UPDATE = 1024  # positions; below, the optimizer takes longer than the rest
 
 
 @dataclass
@@ -78,15 +79,21 @@ class Schedule:
         return learning_rate_at(step, self.n_steps, args.learning_rate, args.schedule, self.warmup)
 
 
-def settle_batch_size(args: argparse.Namespace, n_rows: int, world_size: int) -> None:
-    """Take smaller updates where the recipe's own would be fewer than ``min_updates``: on little
-    data their number counts for more than their size (benchmarks/LOG.md).
+def settle_batch_size(
+    args: argparse.Namespace, n_rows: int, row_positions: int, world_size: int
+) -> bool:
+    """Take smaller updates where the recipe's own would be fewer than ``min_updates``, and return
+    whether that was so: on little data their number counts for more than their size, down to
+    ``LEAST_UPDATE`` (benchmarks/LOG.md).
     """
     is_open = "batch_size" in args.from_recipe and args.recipe == "best" and not args.max_steps
-    if args.min_updates is None or not is_open:
-        return
-    most = args.epochs * n_rows / (args.min_updates * args.accumulation_steps * world_size)
-    args.batch_size = max(1, min(args.batch_size, int(most)))
+    if args.min_updates is None or not is_open or args.zero_stage > 0:
+        return False
+    ranks = args.accumulation_steps * world_size
+    most = args.epochs * n_rows / (args.min_updates * ranks)
+    least = math.ceil(LEAST_UPDATE / (row_positions * ranks))
+    usual, args.batch_size = args.batch_size, min(args.batch_size, max(1, least, int(most)))
+    return args.batch_size < usual
 
 
 class TimeLeft:

@@ -71,14 +71,14 @@ class Engine:
                 static_graph=self.args.accumulation_steps == 1,
                 **{sync_flag: False},
             )
-        if not self.args.compile:
-            if is_fused(self.args, self.runtime):
-                fuse(self.model)
-            return
-        if self.runtime.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        on_cpu = self.runtime.device.type == "cpu"
+        if self.args.compile and on_cpu and not any(map(shutil.which, ("g++", "clang++"))):
             self.runtime.warn("--compile needs g++ or clang++ on a CPU; going on without")
-            return
-        self.compute = torch.compile(self.compute)
+            self.args.compile = False
+        if self.args.compile:
+            self.compute = torch.compile(self.compute)
+        elif is_fused(self.args, self.runtime):
+            fuse(self.model)
 
     def part(self, is_last: bool) -> contextlib.AbstractContextManager:
         """Return the context of a micro-batch; ranks exchange gradients in the last one alone."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .fused_pieces import product
 from .LMConfig import LMConfig
 from .model import MiniMindForCausalLM
 
@@ -62,6 +63,7 @@ def training_memory(
     offload: bool = False,
     reference: nn.Module | None = None,
     fused: bool = False,
+    whole_logits: bool = False,
 ) -> int:
     """Estimate the bytes that training takes at its peak on each rank, beside the process itself.
 
@@ -74,9 +76,14 @@ def training_memory(
         offload: the optimizer is elsewhere, at stage 3 the weights too.
         reference: a second model that is held beside it.
         fused: the blocks are those of :mod:`model.fused`.
+        whole_logits: the loss is computed from the logits of all tokens.
     """
-    keeps = kept_by_fused_blocks if fused else kept_for_backward
-    kept = keeps(model, tokens_per_batch, dtype)
+    if fused:
+        kept = kept_by_fused_blocks(model, tokens_per_batch, dtype)
+        if whole_logits:
+            kept += tokens_per_batch * model.config.vocab_size * (dtype.itemsize + 8)
+    else:
+        kept = kept_for_backward(model, tokens_per_batch, dtype)
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = parameter_bytes(model) + parameter_bytes(reference) - trained
     if zero_stage == 0:
@@ -171,6 +178,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
     times: list[float] = []
     while len(times) < 2 or (len(times) < 10 and sum(times) < 0.2):
         start = time.perf_counter()
-        a @ a
+        product(a, a)
         times.append(time.perf_counter() - start)
     return 2 * n**3 / min(times), f"measured, {n} x {n} in {str(dtype).removeprefix('torch.')}"

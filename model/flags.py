@@ -229,7 +229,8 @@ def training_parser(
     add(
         "--batch_size",
         type=rows_or_auto,
-        help=shown("batch_size", "rows per device; auto: as many of an update's as fit at once"),
+        help=shown("batch_size", "rows per device; auto: as many of an update's as fit at once")
+        + ("; fewer where data is little" if min_updates else ""),
     )
     add(
         "--accumulation_steps",

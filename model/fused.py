@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .fused_attention import AttentionBlock, as_bias
+from .fused_attention import AttentionBlock
 from .fused_feed_forward import Experts, FeedForwardBlock, FeedForwardLayer
 from .fused_pieces import product, weight_gradient
 from .model import (
+    IGNORED,
     Attention,
     FeedForward,
     MaskFor,
@@ -26,9 +28,9 @@ from .model import (
     TransformerBlock,
 )
 
-IGNORED = -100  # a target that is not learnt
 ROWS = 512  # whose logits are computed at once
 TINY = 1e-30  # a probability that fp32 still has all digits of
+KNOWN_MASKS = WeakIdKeyDictionary()  # masks -> what they hide, while they are in use
 
 
 def fuse(model: MiniMindForCausalLM) -> None:
@@ -49,19 +51,19 @@ def block_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As :meth:`TransformerBlock.forward`."""
     dtype = compute_dtype(x)
-    is_usable = dtype is not None and past_key_values is None and fused
-    if not is_usable or not all(is_plain(m) for m in (layer.attention, layer.feed_forward)):
+    is_usable = dtype is not None and past_key_values is None and fused and is_plain_block(layer)
+    mask = mask_for(x.shape[1]) if is_usable else None
+    if not is_usable or not is_causal(mask):
         return TransformerBlock.forward(
             layer, x, rotation, mask_for, token_mask, fused, past_key_values=past_key_values
         )
-    mask = mask_for(x.shape[1])
     with torch.autocast("cpu", enabled=False):
         x = AttentionBlock.apply(
             x,
             layer.attention_norm.weight,
             *(getattr(layer.attention, name).weight for name in ("wq", "wk", "wv", "wo")),
             torch.complex(*rotation),
-            None if mask is None else as_bias(~mask[:, 0], dtype),
+            hidden_by(mask),
             layer.attention.config.head_dim,
             layer.attention_norm.eps,
             dtype,
@@ -112,6 +114,35 @@ def compute_dtype(x: Tensor) -> torch.dtype | None:
     return dtype if dtype == torch.bfloat16 else None
 
 
+def is_causal(mask: Tensor | None) -> bool:
+    """Whether a mask is known here: who sees whom, of all heads, and nobody what comes later."""
+    if mask is None:
+        return True
+    return mask.dtype == torch.bool and mask.shape[1] == 1 and hidden_by(mask) is not None
+
+
+def hidden_by(mask: Tensor | None) -> Tensor | None:
+    """Return (B or 1, T, T), true where ``mask`` hides a key; None too where it shows a later one.
+
+    Made once for all layers, who get the same mask.
+    """
+    if mask is None:
+        return None
+    if mask not in KNOWN_MASKS:
+        shows_later = bool(mask.triu(1).any())
+        KNOWN_MASKS[mask] = None if shows_later else ~mask[:, 0]
+    return KNOWN_MASKS[mask]
+
+
+def is_plain_block(layer: TransformerBlock) -> bool:
+    return is_plain(layer.attention) and is_plain(layer.feed_forward)
+
+
+def can_fuse(model: MiniMindForCausalLM) -> bool:
+    """Whether the blocks of a model in training will be those of here, on a CPU."""
+    return model.config.flash_attn and all(map(is_plain_block, model.layers))
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether attention or feed-forward is as :mod:`model.model` has it: without an adapter in it,
     and without dropout at work.
@@ -143,8 +174,11 @@ class HeadLoss(Function):
         places = (targets.flatten() != IGNORED).nonzero()[:, 0]
         cast = weight.to(dtype)
         total = x.new_zeros(())
-        x_grad = torch.zeros_like(flat) if is_trained else None
-        weight_grad = torch.zeros_like(weight) if is_trained else None
+        # of an adapter's base the head is frozen
+        x_grad, weight_grad = (
+            torch.zeros_like(t) if is_trained and needed else None
+            for t, needed in zip((flat, weight), ctx.needs_input_grad[:2], strict=True)
+        )
         for part in places.split(ROWS):
             rows = flat[part].to(dtype)
             labels = targets.flatten()[part][:, None]
@@ -155,9 +189,12 @@ class HeadLoss(Function):
                 total -= logits.log_softmax(-1, dtype=torch.float32).gather(1, labels).sum()
             else:
                 total -= wanted.log().sum()
-            if is_trained:
-                grad = probabilities.scatter_(1, labels, wanted - 1).to(dtype)
+            if not is_trained:
+                continue
+            grad = probabilities.scatter_(1, labels, wanted - 1).to(dtype)
+            if x_grad is not None:
                 x_grad[part] = product(grad, cast.T).to(x_grad.dtype)
+            if weight_grad is not None:
                 weight_grad += weight_gradient(grad, rows)
         ctx.save_for_backward(x_grad, weight_grad)
         ctx.shape = x.shape
@@ -167,4 +204,10 @@ class HeadLoss(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_grad, weight_grad = ctx.saved_tensors
-        return (x_grad * grad).view(ctx.shape), weight_grad * grad, None, None, None
+        return (
+            None if x_grad is None else (x_grad * grad).view(ctx.shape),
+            None if weight_grad is None else weight_grad * grad,
+            None,
+            None,
+            None,
+        )

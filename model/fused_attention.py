@@ -23,16 +23,16 @@ def turned(x: Tensor, angles: Tensor, out: Tensor) -> None:
     Dh / 2) to ``out``, of the same shape.
     """
     pairs = x.float().unflatten(-1, (-1, 2)).contiguous()
-    out.copy_(torch.view_as_real(torch.view_as_complex(pairs).mul_(angles)).flatten(-2))
+    out.copy_(torch.view_as_real(torch.view_as_complex(pairs) * angles).flatten(-2))
 
 
-def blocks(q: Tensor, bias: Tensor | None) -> list[tuple[slice, slice, Tensor]]:
+def blocks(q: Tensor, hidden: Tensor | None) -> list[tuple[slice, slice, Tensor]]:
     """Return the blocks that attention goes through: which rows of the batch, which queries, and
     what is added to the scores of their last keys.
 
     Args:
         q: (B, K, G, T, Dh).
-        bias: (B or 1, T, T), added to all scores; None: causal.
+        hidden: (B or 1, T, T), true where a query does not see a key; None: causal.
     """
     B, K, G, T, _ = q.shape
     size = min(QUERIES, T)
@@ -44,10 +44,11 @@ def blocks(q: Tensor, bias: Tensor | None) -> list[tuple[slice, slice, Tensor]]:
         rows = slice(row, min(row + n_rows, B))
         for start in range(0, T, size):
             end = min(start + size, T)
-            if bias is None:
+            if hidden is None:
                 added = causal[:, : end - start, : end - start]
             else:
-                added = bias[rows if len(bias) > 1 else slice(None), start:end, :end]
+                of_rows = hidden[rows] if len(hidden) > 1 else hidden
+                added = as_bias(of_rows[:, start:end, :end], q.dtype)
             parts.append((rows, slice(start, end), added))
     return parts
 
@@ -76,13 +77,13 @@ def attention_weights(
     return scores.softmax(-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
     """Return causal attention's result (B, T, D) for scaled ``q`` (B, K, G, T, Dh) and ``k``, ``v``
     (B, K, T, Dh).
     """
     B, K, G, T, head_dim = q.shape
     out = q.new_empty(B, T, K, G, head_dim)
-    for rows, queries, added in blocks(q, bias):
+    for rows, queries, added in blocks(q, hidden):
         n, size = rows.stop - rows.start, queries.stop - queries.start
         q_part = q[rows, :, :, queries].reshape(n * K, G * size, head_dim)
         k_part = k[rows].flatten(0, 1)[:, : queries.stop]
@@ -94,7 +95,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of :func:`attend` for (B, T, D) ``grad``, those of k and v in fp32."""
     B, K, G, T, head_dim = q.shape
@@ -102,7 +103,7 @@ def attend_backward(
     q_grad = torch.empty_like(q)
     k_grad = torch.zeros(k.shape)
     v_grad = torch.zeros(v.shape)
-    for rows, queries, added in blocks(q, bias):
+    for rows, queries, added in blocks(q, hidden):
         n, size = rows.stop - rows.start, queries.stop - queries.start
         q_part = q[rows, :, :, queries].reshape(n * K, G * size, head_dim)
         k_part = k[rows].flatten(0, 1)[:, : queries.stop]
@@ -132,7 +133,7 @@ class AttentionBlock(Function):
         wv: Tensor,
         wo: Tensor,
         angles: Tensor,
-        bias: Tensor | None,
+        hidden: Tensor | None,
         head_dim: int,
         eps: float,
         dtype: torch.dtype,
@@ -147,16 +148,16 @@ class AttentionBlock(Function):
         turned(heads[:, :, :H], angles * head_dim**-0.5, q.flatten(1, 2).transpose(1, 2))
         turned(heads[:, :, H : H + K], angles, k.transpose(1, 2))
         v.transpose(1, 2).copy_(heads[:, :, H + K :])
-        attended = attend(q, k, v, bias).view(-1, wo.shape[1])
+        attended = attend(q, k, v, hidden).view(-1, wo.shape[1])
         ctx.save_for_backward(
-            x_normed, scale, q, k, v, attended, norm_weight, wq, wk, wv, wo, angles, bias
+            x_normed, scale, q, k, v, attended, norm_weight, wq, wk, wv, wo, angles, hidden
         )
         return product(attended, wo.to(dtype)).view(B, T, D) + x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_normed, scale, q, k, v, attended, norm_weight, *weights, wo, angles, bias = (
+        x_normed, scale, q, k, v, attended, norm_weight, *weights, wo, angles, hidden = (
             ctx.saved_tensors
         )
         B, K, G, T, head_dim = q.shape
@@ -165,7 +166,7 @@ class AttentionBlock(Function):
         part = grad.view(-1, grad.shape[-1]).to(dtype)
         wo_grad = weight_gradient(part, attended).to(wo.dtype)
         attended_grad = product(part, wo.to(dtype).T).view(B, T, -1)
-        q_grad, k_grad, v_grad = attend_backward(attended_grad, q, k, v, bias)
+        q_grad, k_grad, v_grad = attend_backward(attended_grad, q, k, v, hidden)
         qkv_grad = part.new_empty(B, T, H + 2 * K, head_dim)
         back = angles.conj().resolve_conj()
         turned(q_grad.flatten(1, 2).transpose(1, 2), back * head_dim**-0.5, qkv_grad[:, :, :H])

@@ -13,6 +13,7 @@ from .console import human
 from .course import Schedule
 from .engine import is_fused
 from .estimate import process_memory, training_memory
+from .fused import can_fuse
 from .LMConfig import LMConfig
 from .model import MiniMindForCausalLM
 from .runtime import Runtime
@@ -63,7 +64,8 @@ class Budget:
             zero_stage=self.args.zero_stage,
             offload=self.args.offload and self.runtime.device.type != "cpu",
             reference=self.reference,
-            fused=is_fused(self.args, self.runtime) and "lora_rank" not in self.args,
+            fused=is_fused(self.args, self.runtime) and can_fuse(self.model),
+            whole_logits="beta" in self.args,  # preferences
         )
 
     def fitting(self) -> int | None:

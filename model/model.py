@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .LMConfig import LMConfig
 
+IGNORED = -100  # the label that is not learnt
 Rotation = tuple[Tensor, Tensor]  # cos and sin, (B or 1, T, 1, Dh / 2), fp32
 MaskFor = Callable[
     [int], Tensor | None
@@ -496,7 +497,7 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         targets: (B, T), ids or -100.
     """
     flat = logits.flatten(0, 1).float()
-    return F.cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def part_of_batch(
@@ -514,7 +515,7 @@ def part_of_batch(
     if num_items_in_batch is None:
         return balance_loss
     targets = labels[:, 1:] if shift_labels is None else shift_labels
-    share = (targets != -100).sum() / num_items_in_batch
+    share = (targets != IGNORED).sum() / num_items_in_batch
     return balance_loss * share.to(balance_loss.device)
 
 

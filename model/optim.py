@@ -23,6 +23,7 @@ POLAR_EXPRESS = (
 )
 BETAS = (0.9, 0.98)  # of AdamW: small batches want a long memory
 EMBEDDING_RATE = 8.0  # times that of the matrices: measured, benchmarks/LOG.md
+AT_ONCE = 8  # matrices: more make no product faster, and each takes four times itself meanwhile
 LARGEST = 1.01  # no singular value may be above 1 at first: room for rounding
 
 
@@ -63,6 +64,11 @@ def make_optimizer(
         groups = with_matrices_apart(model, groups)
     groups = [g for g in groups if g["params"]]
     if name == "muon":
+        if not any(group["orthogonal"] for group in groups):
+            raise ValueError(
+                "--optimizer muon finds no matrix between hidden states among what is trained, an "
+                "adapter has none: use adamw"
+            )
         return Muon(groups, learning_rate, dtype, fused=fused)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=fused)
@@ -112,8 +118,9 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = BETAS,
         fused: bool = False,
     ) -> None:
-        super().__init__(groups, {"lr": lr})
-        self.momentum, self.betas, self.fused = momentum, betas, fused
+        # in the groups ``load_state_dict`` looks whether the counts of steps are on the device
+        super().__init__(groups, {"lr": lr, "fused": fused})
+        self.momentum, self.betas = momentum, betas
         self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
     @torch.no_grad()
@@ -137,7 +144,7 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
-                on = parameter.device if self.fused else None
+                on = parameter.device if group["fused"] else None
                 state["step"] = torch.zeros((), dtype=torch.float32, device=on)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
@@ -150,7 +157,7 @@ class Muon(torch.optim.Optimizer):
             *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")),
             [],
             [state["step"] for state in states],
-            fused=self.fused,
+            fused=group["fused"],
             amsgrad=False,
             beta1=self.betas[0],
             beta2=self.betas[1],
@@ -167,21 +174,27 @@ class Muon(torch.optim.Optimizer):
             if parameter.grad is not None:
                 batches[tuple(sorted(parameter.shape))].append(parameter)
         for parameters in batches.values():
-            momenta = []
-            for parameter in parameters:
-                buffer = self.state[parameter].setdefault(
-                    "momentum_buffer", torch.zeros_like(parameter)
-                )
-                buffer.lerp_(parameter.grad, 1 - self.momentum)
-                momentum = parameter.grad.lerp(buffer, self.momentum)  # Nesterov's
-                momenta.append(lying(momentum).to(self.dtype))
-            updates = orthogonalized(torch.stack(momenta))
-            # of that shape, with singular values of 1: a root mean square of 1 / sqrt(longer side)
-            rate = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
-            for parameter, update in zip(parameters, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                is_lying = parameter.shape[0] <= parameter.shape[1]
-                parameter.add_(update if is_lying else update.T, alpha=-rate)
+            for i in range(0, len(parameters), AT_ONCE):
+                self.step_batch(parameters[i : i + AT_ONCE], group["lr"], group["weight_decay"])
+
+    def step_batch(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """Update matrices of one shape, some of them lying and some standing."""
+        momenta = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"]
+            buffer.lerp_(parameter.grad, 1 - self.momentum)
+            momentum = parameter.grad.lerp(buffer, self.momentum)  # Nesterov's
+            momenta.append(lying(momentum).to(self.dtype))
+        updates = orthogonalized(torch.stack(momenta))
+        # of that shape, with singular values of 1: a root mean square of 1 / sqrt(longer side)
+        rate = lr * 0.2 * max(parameters[0].shape) ** 0.5
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(1 - lr * weight_decay)
+            is_lying = parameter.shape[0] <= parameter.shape[1]
+            parameter.add_(update if is_lying else update.T, alpha=-rate)
 
 
 def lying(matrix: Tensor) -> Tensor:

@@ -82,7 +82,11 @@ def train(
         ValueError: the run cannot start or go on; the message says what to do.
         OSError: the last save failed.
     """
-    settle_batch_size(args, data.n_rows, runtime.world_size)
+    if settle_batch_size(args, data.n_rows, data.row_positions, runtime.world_size):
+        runtime.log(
+            f"batch       {args.batch_size} rows, for little data makes few updates; --batch_size "
+            "sets it"
+        )
     if args.auto_batch_size:
         schedule = Schedule(args, data.n_rows, runtime.world_size)
         reference = getattr(loss_fn, "reference", None)

@@ -52,7 +52,8 @@ def test_what_has_not_come_yet_is_guessed() -> None:
         ("", 1024, 8),
         ("--epochs 2", 1024, 16),
         ("--epochs 2", 300, 4),
-        ("", 3, 1),
+        ("", 3, 2),  # 1,024 positions
+        ("--zero_stage 1", 300, 16),
         ("--batch_size 16", 300, 16),  # was asked for
         ("--max_steps 30", 300, 16),  # the number of updates was
         ("--recipe v1 --accumulation_steps 1", 300, 64),
@@ -63,10 +64,11 @@ def test_little_data_makes_small_updates(
 ) -> None:
     parser = training_parser("", data_path="a.csv", v1={}, min_updates=128)
     args = parse_training_args(parser, flags.split())
-    settle_batch_size(args, n_rows, n_ranks)
+    usual = args.batch_size
+    assert settle_batch_size(args, n_rows, 512, n_ranks) == (args.batch_size < usual)
     is_settled = not flags or flags.startswith("--epochs")
     if is_settled:
         schedule = Schedule(args, n_rows, n_ranks)
-        assert schedule.n_steps >= 128 or args.batch_size == 1
+        assert schedule.n_steps >= 128 or args.batch_size * n_ranks == 2
     if n_ranks == 1 or not is_settled:
         assert args.batch_size == rows_an_update

@@ -8,19 +8,24 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from model import fused, fused_attention, fused_feed_forward
+from model import fused, fused_attention, fused_feed_forward, fused_pieces
 from model.fused import fuse
 from model.llama import peer_config, to_peer
 from model.lora import LoRAConfig, add_adapter
 from model.model import MiniMindForCausalLM
+from model.packed import can_pack
 
 Build = Callable[..., MiniMindForCausalLM]
 MOE = dict(use_moe=True, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=2)
 
 
-@pytest.fixture(params=["as they are", "small"])
+@pytest.fixture(params=["as they are", "small", "oneDNN", "MKL"])
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that a tiny batch fills many of, the last ones not whole."""
+    """Either library; and blocks that a tiny batch fills many of, the last ones not whole."""
+    if request.param == "oneDNN" and not can_pack(torch.float32):
+        pytest.skip("torch without oneDNN")
+    if request.param in ("oneDNN", "MKL"):
+        monkeypatch.setattr(fused_pieces, "prefers_onednn", lambda: request.param == "oneDNN")
     if request.param == "small":
         monkeypatch.setattr(fused_attention, "QUERIES", 16)
         monkeypatch.setattr(fused_attention, "SCORES", 1)
@@ -163,3 +168,26 @@ def test_an_adapter_dropout_and_a_cache_take_the_plain_way(build: Build) -> None
         torch.manual_seed(0)
         out = model(inputs, use_cache=model is cached)
         assert torch.equal(out.logits, expected)
+
+
+def test_a_mask_that_is_not_causal_or_no_truth_takes_the_plain_way(build: Build) -> None:
+    model = build()
+    inputs, _ = batch()
+    shown = torch.ones(40, 40, dtype=torch.bool).tril()
+    shown[:10, :10] = True  # a prefix that sees itself whole
+    added = torch.rand(3, 1, 40, 40).masked_fill(~torch.ones(40, 40).tril().bool(), -1e9)
+    masks = shown.expand(3, 1, 40, 40), added
+    expected = [model(inputs, attention_mask=mask).logits for mask in masks]
+    fuse(model)
+    for mask, logits in zip(masks, expected, strict=True):
+        assert torch.equal(model(inputs, attention_mask=mask).logits, logits)
+
+
+def test_a_frozen_head_gets_no_gradient_and_what_is_before_it_does(build: Build) -> None:
+    model = build().train()
+    model.tok_embeddings.weight.requires_grad_(False)
+    expected = loss_and_gradients(model)
+    fuse(model)
+    found = loss_and_gradients(model)
+    assert "tok_embeddings.weight" not in found[1]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

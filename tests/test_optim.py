@@ -181,3 +181,17 @@ def test_embedding_and_norms_learn_faster_than_matrices(build: Build) -> None:
     fast = {name for name in factors if "norm" in name or name == "tok_embeddings.weight"}
     assert {name for name, factor in factors.items() if factor == 8.0} == fast
     assert {factors[name] for name in set(factors) - fast} == {1.0}
+
+
+def test_every_group_says_whether_it_is_fused(build: Build) -> None:
+    """Where it does not, ``load_state_dict`` leaves counts of steps beside a GPU on the CPU."""
+    assert all(g["fused"] for g in make_optimizer(build(), "muon", 0.01, 0.1).param_groups)
+
+
+def test_without_matrices_muon_says_so(build: Build) -> None:
+    model = build()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.output:
+            module.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="finds no matrix between hidden states"):
+        make_optimizer(model, "muon", 0.01, 0.1)
