@@ -128,7 +128,8 @@ def until(is_so: Callable[[], bool], *processes: subprocess.Popen) -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks into Linux's /proc")
 def test_a_lost_machine_that_comes_back_goes_on_by_itself(corpus: Path, tmp_path: Path) -> None:
     """torchrun's agents on loopback: one is killed with its rank, the other waits for it."""
-    course = f"--max_steps 300 --log_interval 20 --eval_interval 100 --save_interval 10 {DATA}"
+    course = f"--optimizer adamw --max_steps 300 --log_interval 20 --eval_interval 100 {DATA}"
+    course += " --save_interval 10"
     course = course.format(corpus)
     assert pretrain(corpus, tmp_path / "one", course, "--batch_size 4") == 0
     out = tmp_path / "two"
