@@ -32,9 +32,9 @@ STAGES = (
     f"data_process.py sft --input {SFT_FILES} --output {DATA}/sft_data.csv",
     f"data_process.py rl --input {DEMO}/dpo.jsonl --output {DATA}/dpo.json",
     f"data_process.py rl --input {DEMO}/dpo_heldout.jsonl --output {DATA}/dpo_heldout.json",
-    f"1-pretrain.py --data_path {DATA}/pretrain_data.csv {SIZE} {COMMON} --batch_size 8 --epochs 2",
+    f"1-pretrain.py --data_path {DATA}/pretrain_data.csv {SIZE} {COMMON} --batch_size 8 --epochs 3",
     f"3-full_sft.py --data_path {DATA}/sft_data.csv --init_from {OUT}/pretrain_192.pth {COMMON} "
-    "--batch_size 8 --epochs 3 --optimizer muon --learning_rate 3e-3",
+    "--batch_size 8 --epochs 4 --optimizer muon --learning_rate 3e-3",
     f"5-dpo_train.py --data_path {DATA}/dpo.json --val_data_path {DATA}/dpo_heldout.json "
     f"--init_from {OUT}/multi_chat/full_sft_192.pth {COMMON} --batch_size 4 "
     "--learning_rate 1e-4",
