@@ -25,18 +25,19 @@ OUT = Path("out/demo")
 DATA = OUT / "data"
 SIZE = "--dim 192 --n_layers 4 --n_heads 6 --n_kv_heads 3 --max_seq_len 128"
 EVERY = "--log_interval 100 --eval_interval 500 --save_interval 500"
-COMMON = f"--out_dir {OUT} {EVERY} --resume"
+COMMON = f"--out_dir {OUT} --batch_size 4 {EVERY} --resume"
 SFT_FILES = f"{DEMO}/sft_single.jsonl {DEMO}/sft_multi.jsonl"
 STAGES = (
     f"data_process.py pretrain --input {DEMO}/pretrain.jsonl --output {DATA}/pretrain_data.csv",
     f"data_process.py sft --input {SFT_FILES} --output {DATA}/sft_data.csv",
     f"data_process.py rl --input {DEMO}/dpo.jsonl --output {DATA}/dpo.json",
     f"data_process.py rl --input {DEMO}/dpo_heldout.jsonl --output {DATA}/dpo_heldout.json",
-    f"1-pretrain.py --data_path {DATA}/pretrain_data.csv {SIZE} {COMMON} --batch_size 8 --epochs 3",
+    f"1-pretrain.py --data_path {DATA}/pretrain_data.csv {SIZE} {COMMON} --optimizer adamw "
+    "--epochs 8",
     f"3-full_sft.py --data_path {DATA}/sft_data.csv --init_from {OUT}/pretrain_192.pth {COMMON} "
-    "--batch_size 8 --epochs 4 --optimizer muon --learning_rate 3e-3",
+    "--epochs 4 --learning_rate 2e-3",
     f"5-dpo_train.py --data_path {DATA}/dpo.json --val_data_path {DATA}/dpo_heldout.json "
-    f"--init_from {OUT}/multi_chat/full_sft_192.pth {COMMON} --batch_size 4 "
+    f"--init_from {OUT}/multi_chat/full_sft_192.pth {COMMON} "
     "--learning_rate 1e-4",
 )
 WEIGHTS = OUT / "rl_192.pth"
