@@ -107,5 +107,5 @@ def test_time_to_loss_judges_both_by_one_evaluator(tmp_path: Path) -> None:
     assert 0 < own["tokens"] <= 3 * 2 * 128
     # the baseline is taken from the file, and so costs nothing
     again = run("time_to_loss.py", *place, "--reuse", tmp_path / "found.json", "--budgets", 1)
-    assert f"of {baseline['at']}, loss" in again
+    assert f"of {baseline['padded, Adam 2e-4']['at']}, loss" in again
     assert json.loads((tmp_path / "found.json").read_text("utf-8"))["baselines"]["1337"] == baseline
