@@ -5,6 +5,7 @@ Attention goes by blocks of queries, and backward computes the weights again: Fl
 products: torch's own kernel for CPUs takes two to three times as long (benchmarks/LOG.md).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,31 +27,36 @@ def turned(x: Tensor, angles: Tensor, out: Tensor) -> None:
     out.copy_(torch.view_as_real(torch.view_as_complex(pairs) * angles).flatten(-2))
 
 
-def blocks(q: Tensor, hidden: Tensor | None) -> list[tuple[slice, slice, Tensor]]:
-    """Return the blocks that attention goes through: which rows of the batch, which queries, and
-    what is added to the scores of their last keys.
+def blocks(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None
+) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, Tensor]]:
+    """Yield the blocks that attention goes through: which rows of the batch (n of them), which
+    queries (``size``); these queries (n * K, G * size, Dh), the keys and values (n * K, keys, Dh)
+    up to them, and what is added to the scores of the last keys (n or 1, size, that many).
 
     Args:
         q: (B, K, G, T, Dh).
+        k, v: (B, K, T, Dh).
         hidden: (B or 1, T, T), true where a query does not see a key; None: causal.
     """
-    B, K, G, T, _ = q.shape
-    size = min(QUERIES, T)
-    n_rows = max(1, SCORES // (K * G * size * T))
-    future = torch.ones(1, size, size, dtype=torch.bool).triu_(1)
+    B, K, G, T, head_dim = q.shape
+    usual = min(QUERIES, T)
+    n_rows = max(1, SCORES // (K * G * usual * T))
+    future = torch.ones(1, usual, usual, dtype=torch.bool).triu_(1)
     causal = as_bias(future, q.dtype)
-    parts = []
     for row in range(0, B, n_rows):
         rows = slice(row, min(row + n_rows, B))
-        for start in range(0, T, size):
-            end = min(start + size, T)
+        for start in range(0, T, usual):
+            end = min(start + usual, T)
+            size = end - start
             if hidden is None:
-                added = causal[:, : end - start, : end - start]
+                added = causal[:, :size, :size]
             else:
                 of_rows = hidden[rows] if len(hidden) > 1 else hidden
                 added = as_bias(of_rows[:, start:end, :end], q.dtype)
-            parts.append((rows, slice(start, end), added))
-    return parts
+            q_part = q[rows, :, :, start:end].reshape(-1, G * size, head_dim)
+            k_part, v_part = (x[rows].flatten(0, 1)[:, :end] for x in (k, v))
+            yield rows, slice(start, end), q_part, k_part, v_part, added
 
 
 def as_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,19 +66,15 @@ def as_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
 
 
-def attention_weights(
-    q: Tensor, k: Tensor, added: Tensor, shape: tuple[int, int, int, int]
-) -> Tensor:
-    """Return what part each key has in each query's answer.
+def attention_weights(q: Tensor, k: Tensor, added: Tensor, n_heads: int) -> Tensor:
+    """Return what part each key has in each query's answer (n * K, G * size, keys).
 
     Args:
-        q: scaled queries (n * K, G * size, Dh).
-        k: (n * K, keys, Dh).
-        added: to the scores of the last keys, (n or 1, size, that many).
-        shape: n, K, G, size.
+        q, k, added: scaled queries, keys and what is added, of one of the :func:`blocks`.
+        n_heads: K * G.
     """
     scores = torch.bmm(q, k.transpose(1, 2))
-    view = scores.view(shape[0], -1, shape[3], k.shape[1])
+    view = scores.view(-1, n_heads, added.shape[1], k.shape[1])
     view[..., -added.shape[-1] :] += added[:, None]
     return scores.softmax(-1)
 
@@ -83,13 +85,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
     """
     B, K, G, T, head_dim = q.shape
     out = q.new_empty(B, T, K, G, head_dim)
-    for rows, queries, added in blocks(q, hidden):
-        n, size = rows.stop - rows.start, queries.stop - queries.start
-        q_part = q[rows, :, :, queries].reshape(n * K, G * size, head_dim)
-        k_part = k[rows].flatten(0, 1)[:, : queries.stop]
-        v_part = v[rows].flatten(0, 1)[:, : queries.stop]
-        weights = attention_weights(q_part, k_part, added, (n, K, G, size))
-        found = torch.bmm(weights, v_part).view(n, K, G, size, head_dim)
+    for rows, queries, q_part, k_part, v_part, added in blocks(q, k, v, hidden):
+        weights = attention_weights(q_part, k_part, added, K * G)
+        found = torch.bmm(weights, v_part).view(-1, K, G, added.shape[1], head_dim)
         out[rows, queries] = found.permute(0, 3, 1, 2, 4)
     return out.flatten(2)
 
@@ -103,20 +101,17 @@ def attend_backward(
     q_grad = torch.empty_like(q)
     k_grad = torch.zeros(k.shape)
     v_grad = torch.zeros(v.shape)
-    for rows, queries, added in blocks(q, hidden):
-        n, size = rows.stop - rows.start, queries.stop - queries.start
-        q_part = q[rows, :, :, queries].reshape(n * K, G * size, head_dim)
-        k_part = k[rows].flatten(0, 1)[:, : queries.stop]
-        v_part = v[rows].flatten(0, 1)[:, : queries.stop]
-        part = grad[rows, :, :, queries].reshape(n * K, G * size, head_dim)
-        weights = attention_weights(q_part, k_part, added, (n, K, G, size))
+    for rows, queries, q_part, k_part, v_part, added in blocks(q, k, v, hidden):
+        part = grad[rows, :, :, queries].reshape(q_part.shape)
+        weights = attention_weights(q_part, k_part, added, K * G)
         v_grad[rows].flatten(0, 1)[:, : queries.stop] += torch.bmm(weights.transpose(1, 2), part)
         weights_grad = torch.bmm(part, v_part.transpose(1, 2))
         scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
         k_grad[rows].flatten(0, 1)[:, : queries.stop] += torch.bmm(
             scores_grad.transpose(1, 2), q_part
         )
-        q_grad[rows, :, :, queries] = torch.bmm(scores_grad, k_part).view(n, K, G, size, head_dim)
+        q_part_grad = torch.bmm(scores_grad, k_part)
+        q_grad[rows, :, :, queries] = q_part_grad.view(-1, K, G, added.shape[1], head_dim)
     return q_grad, k_grad, v_grad
 
 
