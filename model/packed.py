@@ -71,11 +71,7 @@ def int8_product(weight: Tensor) -> Product:
     where the processor's sums would overflow), with a scale for each token.
     """
     scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float).tiny) / 127
-    with warnings.catch_warnings():  # these constructors are to go: `can_pack` will say when
-        warnings.filterwarnings("ignore", "torch.quantize_per", UserWarning)
-        zeros = torch.zeros(len(scale), dtype=torch.long)
-        quantized = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
-        packed = torch.ops.quantized.linear_prepack(quantized, None)
+    packed = int8_packed(weight, scale)
     linear = torch.ops.quantized.linear_dynamic.default
     is_narrow = sums_overflow()
 
@@ -89,15 +85,21 @@ def int8_product(weight: Tensor) -> Product:
     return product
 
 
+def int8_packed(weight: Tensor, scale: Tensor) -> Any:
+    """Return a weight (N, D) as ``quantized.linear_dynamic`` takes it: integers, each row's times
+    its ``scale`` (N,).
+    """
+    with warnings.catch_warnings():  # these constructors are to go: `can_pack` will say when
+        warnings.filterwarnings("ignore", "torch.quantize_per", UserWarning)
+        zeros = torch.zeros(len(scale), dtype=torch.long)
+        quantized = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+
 @cache
 def sums_overflow() -> bool:
     """Whether this processor adds pairs of 8-bit products in 16 bits: without VNNI, x86 does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.quantize_per", UserWarning)
-        weight = torch.ones(16, 64)
-        scale, zeros = torch.full((16,), 1 / 127), torch.zeros(16, dtype=torch.long)
-        quantized = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
-        packed = torch.ops.quantized.linear_prepack(quantized, None)
+    packed = int8_packed(torch.ones(16, 64), torch.full((16,), 1 / 127))
     return bool((torch.ops.quantized.linear_dynamic(torch.ones(1, 64), packed) < 63).any())
 
 
