@@ -27,6 +27,7 @@ import torch
 from contenders import CONFIGS, CONTENDERS, GPU_ROWS, ROWS, WARM_UP, missing
 from goals import spread, verdict
 from machine import describe, machine
+from servers import end
 
 HERE = Path(__file__).resolve().parent
 QUICK = {
@@ -201,54 +202,27 @@ class Bench:
 
     def goals(self) -> list[str]:
         """Return what became of the goals, of those whose contenders were there."""
-        lines = []
-
-        def compared(one: str, other: str, make: Callable[[], str]) -> None:
-            if {one, other} <= set(self.names):
-                lines.append(make())
-
+        there, lines = set(self.names), []
         for precision in ("fp32", "bf16"):
-            base, moe = f"Llama {precision}", f"ours MoE {precision}"
-            for own in (f"ours {precision}", f"ours {precision} --compile"):
-                compared(
-                    own,
-                    base,
-                    lambda own=own, base=base: verdict(
-                        f"{self.model}: positions/s, {own} to eager {base}",
-                        self.ratios(self.speeds(own), self.speeds(base)),
-                        1.12,
-                        1.25,
-                    ),
-                )
-                compared(
-                    own,
-                    base,
-                    lambda own=own, base=base: verdict(
-                        f"{self.model}: peak memory, {own} to eager {base}",
-                        [self.peak_mb(own) / self.peak_mb(base)],
-                        0.6,
-                        0.4,
-                        at_least=False,
-                    ),
-                )
-                if own in self.names and precision == "fp32":  # the goal's sgemm
+            base, dense, moe = f"Llama {precision}", f"ours {precision}", f"ours MoE {precision}"
+            for own in (dense, f"{dense} --compile"):
+                if {own, base} <= there:
+                    title = f"{self.model}: positions/s, {own} to eager {base}"
+                    ratios = self.ratios(self.speeds(own), self.speeds(base))
+                    lines.append(verdict(title, ratios, 1.12, 1.25))
+                    title = f"{self.model}: peak memory, {own} to eager {base}"
+                    ratio = self.peak_mb(own) / self.peak_mb(base)
+                    lines.append(verdict(title, [ratio], 0.6, 0.4, at_least=False))
+                if own in there and precision == "fp32":  # the goal's sgemm
                     peaks = [self.peaks[kind] for kind in self.peak_kinds(own)]
                     fastest = [max(of_round) for of_round in zip(*peaks, strict=True)]
                     shares = self.ratios(self.flops(own), fastest)
                     title = f"{self.model}: {own}, share of the faster sgemm"
                     lines.append(verdict(title, shares, 0.82, 0.92, ".0%"))
-            dense = f"ours {precision}"
-            compared(
-                moe,
-                dense,
-                lambda moe=moe, dense=dense: verdict(
-                    f"{self.model}: FLOP/s, {moe} to {dense}",
-                    self.ratios(self.flops(moe), self.flops(dense)),
-                    0.80,
-                    0.95,
-                    ".0%",
-                ),
-            )
+            if {moe, dense} <= there:
+                title = f"{self.model}: FLOP/s, {moe} to {dense}"
+                ratios = self.ratios(self.flops(moe), self.flops(dense))
+                lines.append(verdict(title, ratios, 0.80, 0.95, ".0%"))
         if self.args.device == "cuda":
             lines += self.gpu_goals()
         return lines
@@ -288,14 +262,6 @@ def answer(worker: subprocess.Popen) -> Report:
     if not line:
         raise RuntimeError(f"ended with status {worker.wait()}, see above")
     return json.loads(line)
-
-
-def end(worker: subprocess.Popen) -> None:
-    """End a worker, which has nothing to save."""
-    worker.kill()
-    worker.wait()
-    worker.stdin.close()
-    worker.stdout.close()
 
 
 # ---- peaks ----
