@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .fused_pieces import product
+from .fused_pieces import LOGIT_ROWS, product
 from .LMConfig import LMConfig
 from .model import MiniMindForCausalLM
 
@@ -139,7 +139,7 @@ def kept_by_fused_blocks(
         rows += (config.num_experts_per_tok + 4) * config.dim
     per_layer = dtype.itemsize * (rows + 2 * width)
     passing = 4 * 4 * config.dim + 3 * dtype.itemsize * width
-    head = config.vocab_size * (4 * config.dim + min(tokens_per_batch, 512) * 10)
+    head = config.vocab_size * (4 * config.dim + min(tokens_per_batch, LOGIT_ROWS) * 10)
     return round(GAPS * tokens_per_batch * (config.n_layers * per_layer + passing) + head)
 
 

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .fused_attention import AttentionBlock
 from .fused_feed_forward import Experts, FeedForwardBlock, FeedForwardLayer
-from .fused_pieces import product, weight_gradient
+from .fused_pieces import LOGIT_ROWS, product, weight_gradient
 from .model import (
     IGNORED,
     Attention,
@@ -28,7 +28,6 @@ from .model import (
     TransformerBlock,
 )
 
-ROWS = 512  # whose logits are computed at once
 TINY = 1e-30  # a probability that fp32 still has all digits of
 KNOWN_MASKS = WeakIdKeyDictionary()  # masks -> what they hide, while they are in use
 
@@ -179,7 +178,7 @@ class HeadLoss(Function):
             torch.zeros_like(t) if is_trained and needed else None
             for t, needed in zip((flat, weight), ctx.needs_input_grad[:2], strict=True)
         )
-        for part in places.split(ROWS):
+        for part in places.split(LOGIT_ROWS):
             rows = flat[part].to(dtype)
             labels = targets.flatten()[part][:, None]
             logits = product(rows, cast)  # (n, V)

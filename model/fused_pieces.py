@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+LOGIT_ROWS = 512  # whose logits exist at once; the memory estimate counts them too
+
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x @ weight.T``, (N, K) and (M, K) -> (N, M)."""

@@ -30,7 +30,7 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(fused_attention, "QUERIES", 16)
         monkeypatch.setattr(fused_attention, "SCORES", 1)
         monkeypatch.setattr(fused_feed_forward, "ROWS", 7)
-        monkeypatch.setattr(fused, "ROWS", 7)
+        monkeypatch.setattr(fused, "LOGIT_ROWS", 7)
 
 
 def batch(T: int = 40) -> tuple[Tensor, Tensor]:
