@@ -37,8 +37,7 @@ STAGES = (
     f"3-full_sft.py --data_path {DATA}/sft_data.csv --init_from {OUT}/pretrain_192.pth {COMMON} "
     "--epochs 4 --learning_rate 2e-3",
     f"5-dpo_train.py --data_path {DATA}/dpo.json --val_data_path {DATA}/dpo_heldout.json "
-    f"--init_from {OUT}/multi_chat/full_sft_192.pth {COMMON} "
-    "--learning_rate 1e-4",
+    f"--init_from {OUT}/multi_chat/full_sft_192.pth {COMMON} --learning_rate 1e-4",
 )
 WEIGHTS = OUT / "rl_192.pth"
 CHAT = ("你好", "你是谁？", "法国的首都是哪里？", "那日本呢？", "谢谢")
