@@ -69,7 +69,9 @@ def main() -> None:
     raw = "raw data in dataset/\ndocuments · conversations\npreferences"
     box(axes, left(0), y, WIDTH + 3, 6, raw, GREEN, size=SIZE)
     box(axes, left(1) + 5, y, WIDTH, 6, "data_process.py", BLUE, size=SIZE)
-    note = "Tables; their tokens are stored beside them\n(NAME.tokens/) when training first reads them."
+    note = (
+        "Tables; their tokens are stored beside them\n(NAME.tokens/) when training first reads one."
+    )
     axes.text(left(1) + 5 + WIDTH + 2, y + 3, note, va="center", fontsize=SIZE)
     arrow(axes, (left(0) + WIDTH + 3, y + 3), (left(1) + 5, y + 3))
     for column in range(2):
