@@ -7,6 +7,7 @@ weights, or what --weights or --load_from names.
 import argparse
 
 from model.flags import quick_imports, run_main, weights_flags
+from model.script_parser import ScriptParser
 from model.terminal import ask, introduce, sampling_flags, sampling_options, show
 
 BEGINNINGS = (
@@ -25,9 +26,7 @@ BEGINNINGS = (
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--interactive", action="store_true", help="type beginnings; exit ends")
     what.add_argument("--prompt", action="append", metavar="TEXT", help="a beginning; repeatable")

@@ -9,6 +9,7 @@ import argparse
 from collections import deque
 
 from model.flags import quick_imports, run_main, weights_flags
+from model.script_parser import ScriptParser
 from model.terminal import (
     ask,
     check_history,
@@ -37,9 +38,7 @@ QUESTIONS = (
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--interactive", action="store_true", help="type questions; exit ends")
     what.add_argument("--prompt", action="append", metavar="TEXT", help="a question; repeatable")

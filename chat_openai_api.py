@@ -11,6 +11,7 @@ import sys
 
 from model.flags import run_main
 from model.remote import DEFAULT_URL
+from model.script_parser import ScriptParser
 from model.terminal import check_history, history_flag, sampling_flags
 
 SAMPLING = (
@@ -27,7 +28,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = ScriptParser(__doc__, formatter_class=Formatter)
     url = os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL
     where = f"default: OPENAI_BASE_URL or {DEFAULT_URL}"
     parser.add_argument("--base_url", default=url, help=where)

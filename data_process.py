@@ -30,6 +30,7 @@ from pathlib import Path
 
 from model.flags import non_negative, positive, quick_imports, run_main
 from model.rows import holds_documents
+from model.script_parser import ScriptParser
 from model.tables import STAGES, TURNS, V1_FILTERS, Filters, Job, Progress, convert
 
 RAW_NAMES = {
@@ -45,9 +46,7 @@ TABLES = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(__doc__)
     add = parser.add_argument
     add("stage", nargs="?", choices=(*STAGES, "tokens"), help="default: the first three")
     add("--input", nargs="+", metavar="FILE", help="read these, in this order")

@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 
 from model.flags import non_negative, quick_imports, run_main, weights_flags
+from model.script_parser import ScriptParser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(__doc__)
     add = parser.add_argument
     add("--data_dir", default="dataset/ceval-exam", help="holds dev/ val/ test/ (%(default)s)")
     add("--split", choices=("val", "dev", "test"), default="val", help="default: %(default)s")

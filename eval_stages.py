@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.flags import device_flags, model_flags, non_negative, positive, quick_imports, run_main
+from model.script_parser import ScriptParser
 
 PROMPTS = (
     "你好",
@@ -30,9 +31,7 @@ PROMPTS = (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(__doc__)
     group = parser.add_argument_group("weights")
     add = group.add_argument
     add(

@@ -9,12 +9,12 @@ import argparse
 from pathlib import Path
 
 from model.flags import add_switch, quick_imports, run_main, weights_flags
+from model.script_parser import ScriptParser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = ScriptParser(
+        __doc__,
         conflict_handler="resolve",  # --dtype is another here: what is written, not computed in
     )
     group = parser.add_argument_group("export")

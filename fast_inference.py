@@ -13,13 +13,12 @@ import os
 import sys
 
 from model.flags import positive, run_main, weights_flags
+from model.script_parser import ScriptParser
 from model.terminal import check_history, history_flag, sampling_flags
 
 
 def parse_args(argv: list[str] | None = None, *, in_page: bool = False) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(__doc__)
     if in_page:  # to be shown there, where nobody reads stderr
         parser.error = raise_value_error
     page = parser.add_argument_group("page")

@@ -13,6 +13,7 @@ import argparse
 import os
 
 from model.flags import non_negative, positive, quick_imports, run_main, weights_flags
+from model.script_parser import ScriptParser
 from model.terminal import sampling_flags
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
@@ -27,9 +28,7 @@ def port(text: str) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(__doc__)
     group = parser.add_argument_group("server")
     add = group.add_argument
     add("--host", default="127.0.0.1", help="default %(default)s; 0.0.0.0: the whole network")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.flags import positive, run_main
+from model.script_parser import ScriptParser
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -64,9 +65,7 @@ CHAT_TEMPLATE = """\
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line and say what it lacks."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(__doc__)
     add = parser.add_argument
     add("--data_path", nargs="+", default=[], metavar="FILE", help="text and dialogues to learn")
     add("--held_out", nargs="+", default=[], metavar="FILE", help="measure on these files too")

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from .script_parser import ScriptParser
+
 LORA_TARGETS = "wq wk wv wo w1 w2 w3"  # attention and feed-forward, experts too
 MODEL_NAMES = ("minimind-v1-small", "minimind-v1", "minimind-v1-moe")
 # The usual settings of every stage; a stage passes what differs
@@ -198,9 +200,7 @@ def training_parser(
         min_updates: for which the recipe's batch size gets smaller where data is little.
         defaults: in what the stage differs from ``DEFAULTS``.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(description)
     usual = {**DEFAULTS, **defaults}
     recipes = {"best": usual, "v1": {**usual, **V1_DEFAULTS, **v1}}
     parser.set_defaults(recipes=recipes, min_updates=min_updates)
@@ -240,7 +240,7 @@ def training_parser(
     add(
         "--learning_rate",
         type=positive(float),
-        help=shown("learning_rate", "peak rate; fits the optimizer"),
+        help=shown("learning_rate", "peak rate"),
     )
     add(
         "--optimizer",

@@ -76,7 +76,8 @@ ARROWS: dict[str, str] = {
     "ceval_report": "ceval evaluation states",
     "stages": "ceval ceval_report checkpoint evaluation quiz repetition rows tally",
     "quiz": "checkpoint generation prompts runtime sampling",
-    "flags": "runtime",
+    "script_parser": "",
+    "flags": "runtime script_parser",
     "terminal": "checkpoint flags generation sampling",
     # serving it
     "model_list": "LMConfig checkpoint lora",
