@@ -75,7 +75,7 @@ class Served:
             reply = self.waiting[0]
             try:
                 if reply.may_submit:
-                    reply.submit_next(continues=True)
+                    reply.submit_next()
             except QueueFull as error:
                 if self.thread.is_alive:
                     return
@@ -240,14 +240,14 @@ class Reply:
         """Whether it is up to the queue alone when the next answer is begun."""
         return bool(self._jobs) and self._n_open < self.served.engine.max_batch
 
-    def submit_next(self, *, continues: bool = False) -> None:
+    def submit_next(self) -> None:
         """Queue the next answer.
 
         Raises:
             QueueFull, ValueError: as the engine does.
         """
         index, job = self._jobs[0]
-        answer = self.served.thread.submit(job.prompt_ids, job.options, continues=continues)
+        answer = self.served.thread.submit(job.prompt_ids, job.options)
         self._jobs.popleft()
         self.answers[index] = answer
         self.served.readers[answer] = (self, index)

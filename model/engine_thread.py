@@ -53,8 +53,7 @@ class EngineThread:
         self._deliver = deliver
         self._inboxes: dict[Answer, Inbox] = {}
         self._changed = threading.Condition()
-        self._idle = True  # the engine's own view of its work, mid-step, is for this thread alone
-        self._draining = self._closing = False
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -70,13 +69,8 @@ class EngineThread:
         prompt_ids: Sequence[int],
         options: SamplingOptions,
         on_piece: Callable[[Answer, Piece], None] | None = None,
-        *,
-        continues: bool = False,
     ) -> Answer:
         """Queue a request, see :meth:`Engine.submit`.
-
-        Args:
-            continues: it belongs to what is under way, so it may come while others may not.
 
         Raises:
             ValueError: as there.
@@ -85,7 +79,7 @@ class EngineThread:
         with self._changed:
             if self.error is not None:
                 raise QueueFull(f"the engine has failed: {self.error}")
-            if self._closing or (self._draining and not continues):
+            if self._closing:
                 raise QueueFull("the engine is being stopped: no new requests")
             if on_piece is None and self._deliver is None:
                 inbox = Inbox()
@@ -93,7 +87,6 @@ class EngineThread:
                 self._inboxes[answer] = inbox
             else:
                 answer = self.engine.submit(prompt_ids, options, on_piece)
-            self._idle = False
             self._changed.notify_all()
         return answer
 
@@ -123,23 +116,6 @@ class EngineThread:
             if not answer.is_done:
                 self.cancel(answer)
 
-    def drain(self, timeout_s: float) -> bool:
-        """Take no new requests and wait for those under way; cancel what is left after the time.
-
-        Returns:
-            Whether all came to their end.
-        """
-        with self._changed:
-            self._draining = True
-            all_ended = self._changed.wait_for(self._is_idle, timeout_s)
-            if not all_ended:
-                self.engine.cancel_all()
-                self._changed.wait_for(self._is_idle)
-        return all_ended
-
-    def _is_idle(self) -> bool:
-        return self._idle or not self.is_alive
-
     def close(self) -> None:
         """Cancel what is under way and end the thread."""
         with self._changed:
@@ -153,8 +129,6 @@ class EngineThread:
             while True:
                 with self._changed:
                     while not (self.engine.has_work or self._closing):
-                        self._idle = True
-                        self._changed.notify_all()  # to those who drain
                         self._changed.wait()
                     closing = self._closing
                 if closing:

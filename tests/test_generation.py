@@ -657,43 +657,15 @@ def test_a_reader_in_another_thread_may_break_off(tokenizer: Tokenizer) -> None:
     endless = tiny_model(vocab_size=tokenizer.vocab_size, max_seq_len=100_000)
     thread = EngineThread(Engine(endless, tokenizer, max_batch=1))
     thread.start()
-    answer = thread.submit(PROMPT, SamplingOptions(seed=1, logit_bias={2: -1000}))
+    answer = thread.submit(
+        PROMPT, SamplingOptions(seed=1, logit_bias={2: -1000}, max_new_tokens=5000)
+    )
     for _ in thread.iterate(answer):
         break
-    assert thread.drain(60) and answer.finish_reason == "cancelled"
+    after = thread.submit(PROMPT, SamplingOptions(max_new_tokens=1))  # waits for the only slot
+    assert [piece.is_last for piece in thread.iterate(after)][-1]
+    assert answer.finish_reason == "cancelled"
     thread.close()
-
-
-def test_draining_ends_what_is_under_way_and_takes_nothing_new(thread: EngineThread) -> None:
-    answers = [thread.submit([i, 5], SamplingOptions(seed=i, max_new_tokens=9)) for i in range(7)]
-    assert thread.drain(60)
-    assert [answer.finish_reason for answer in answers] == ["length"] * 7
-    with pytest.raises(QueueFull, match="being stopped"):
-        thread.submit(PROMPT, GREEDY)
-
-
-def test_what_belongs_to_a_request_under_way_may_come_while_draining(
-    talker: MiniMindForCausalLM, tokenizer: Tokenizer
-) -> None:
-    thread = EngineThread(Engine(talker, tokenizer))  # not started: nothing moves on by itself
-    first = thread.submit(PROMPT, GREEDY)
-    draining = threading.Thread(target=thread.drain, args=(60,))
-    thread.start()
-    draining.start()
-    while not thread._draining:
-        pass
-    second = thread.submit(PROMPT, GREEDY, continues=True)
-    draining.join(60)
-    assert first.finish_reason == "length"
-    assert [piece.is_last for piece in thread.iterate(second)][-1]
-    thread.close()
-
-
-def test_what_is_left_after_the_time_is_cancelled(thread: EngineThread) -> None:
-    answers = [thread.submit([i, 5], SamplingOptions(seed=i)) for i in range(30)]
-    assert not thread.drain(0)
-    assert all(answer.is_done for answer in answers)
-    assert "cancelled" in {answer.finish_reason for answer in answers}
 
 
 def test_closing_ends_every_reader(talker: MiniMindForCausalLM, tokenizer: Tokenizer) -> None:
@@ -703,6 +675,8 @@ def test_closing_ends_every_reader(talker: MiniMindForCausalLM, tokenizer: Token
     thread.close()
     for answer in answers:
         assert list(thread.iterate(answer))[-1].is_last
+    with pytest.raises(QueueFull, match="being stopped"):
+        thread.submit(PROMPT, GREEDY)
 
 
 def test_what_is_done_apart_leaves_no_thread() -> None:
