@@ -18,6 +18,11 @@ from .optim import make_optimizer
 from .runtime import Runtime
 
 
+def can_compile(device: str) -> bool:
+    """Whether ``torch.compile`` has what it needs; on a CPU that is a compiler of C++."""
+    return device != "cpu" or any(map(shutil.which, ("g++", "clang++")))
+
+
 def is_fused(args: argparse.Namespace, runtime: Runtime) -> bool:
     """Whether blocks are computed by :mod:`model.fused`; DeepSpeed hands weights only to modules
     that are called, and compiled code has its own ways.
@@ -71,8 +76,7 @@ class Engine:
                 static_graph=self.args.accumulation_steps == 1,
                 **{sync_flag: False},
             )
-        on_cpu = self.runtime.device.type == "cpu"
-        if self.args.compile and on_cpu and not any(map(shutil.which, ("g++", "clang++"))):
+        if self.args.compile and not can_compile(self.runtime.device.type):
             self.runtime.warn("--compile needs g++ or clang++ on a CPU; going on without")
             self.args.compile = False
         if self.args.compile:
