@@ -102,8 +102,8 @@ def talk(page: Any, questions: tuple[str, ...]) -> None:
         settle(page)
     page.get_by_role("button", name="refresh icon").click()
     page.get_by_text("2/2").wait_for()
-    settle(page)
     page.mouse.move(0, 0)
+    settle(page)  # and the tooltip of what was under the mouse goes
 
 
 def settle(page: Any) -> None:
