@@ -21,7 +21,7 @@ CHANCE = 25
 
 
 def main() -> None:
-    exams = json.loads(COUNTS.read_text())
+    exams = json.loads(COUNTS.read_text(encoding="utf-8"))
     figure, (axes,) = chart(8.0, 3.6)
     figure.get_layout_engine().set(w_pad=0.14, h_pad=0.12)
     for way, colour, offset in WAYS:

@@ -127,7 +127,8 @@ def draw(name: str, windows: list[dict]) -> None:
     path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
         f'viewBox="0 0 {width:g} {height:g}" role="img">\n<title>{title}</title>\n'
-        f"<defs>{glyphs.definitions()}</defs>\n" + "\n".join(parts) + "\n</svg>\n"
+        f"<defs>{glyphs.definitions()}</defs>\n" + "\n".join(parts) + "\n</svg>\n",
+        encoding="utf-8",
     )
     print(path.relative_to(IMAGES.parent))
 
@@ -138,7 +139,7 @@ def main() -> None:
     )
     parser.add_argument("--run", nargs="*", metavar="NAME", help="eval, server, pretrain")
     args = parser.parse_args()
-    captures = json.loads(CAPTURES.read_text()) if CAPTURES.exists() else {}
+    captures = json.loads(CAPTURES.read_text(encoding="utf-8")) if CAPTURES.exists() else {}
     if args.run is not None:
         from terminal_runs import RUNS
 
@@ -147,7 +148,7 @@ def main() -> None:
                 parser.error(f"--run {name}: use {', '.join(RUNS)}")
             captures[name] = RUNS[name](COLUMNS)
         text = json.dumps(captures, ensure_ascii=False, indent=1)
-        CAPTURES.write_text(text + "\n")
+        CAPTURES.write_text(text + "\n", encoding="utf-8")
     for name, windows in captures.items():
         draw(name, windows)
 
