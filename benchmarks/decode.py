@@ -25,17 +25,13 @@ from pathlib import Path
 import torch
 from goals import spread, verdict
 from machine import describe, machine
-from servers import end
+from servers import end, random_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from model.checkpoint import save_weights  # noqa: E402 (the line above finds it)
-from model.LMConfig import LMConfig  # noqa: E402
-from model.model import MiniMindForCausalLM  # noqa: E402
-from model.packed import can_pack  # noqa: E402
-from model.tokenizer import Tokenizer  # noqa: E402
+from model.packed import can_pack  # noqa: E402 (the line above finds it)
 
 BATCHES, CONTEXTS = (1, 4, 16, 64), (64, 256, 1024)
 USUAL = 256  # the context at which rivals are compared
@@ -119,9 +115,7 @@ class Bench:
         self.notes: list[str] = []
         self.workers: dict[str, Worker] = {}
         longest = max(CONTEXTS) + args.new_tokens + 8
-        weights = folder / "random_512.pth"
-        torch.manual_seed(0)
-        save_weights(MiniMindForCausalLM(LMConfig(max_seq_len=longest)), weights, Tokenizer())
+        weights = random_weights(folder, max_seq_len=longest)
         for name, dtype in OURS.items():
             if can_pack(dtype):
                 worker = Worker(stack, sys.executable, "ours", str(weights), FULL[dtype], longest)

@@ -40,6 +40,7 @@ def main() -> None:
         return
     from goals import spread, verdict
     from machine import describe, machine
+    from servers import random_weights  # torch comes in here: a child must not have it yet
 
     facts = machine()
     print(describe(facts), flush=True)
@@ -74,18 +75,6 @@ def main() -> None:
     own = [seconds - run[BASE_CLASS] for seconds, run in zip(after, runs, strict=True)]
     print(f"         of it ours, without {BASE_CLASS}: {spread(own, '.2f')} s")
     args.json.write_text(json.dumps({"machine": facts, **figures}, indent=1) + "\n", "utf-8")
-
-
-def random_weights(folder: Path) -> Path:
-    """Write a 26 M model that has learned nothing."""
-    from model.checkpoint import save_weights
-    from model.LMConfig import LMConfig
-    from model.model import MiniMindForCausalLM
-    from model.tokenizer import Tokenizer
-
-    path = folder / "random_512.pth"
-    save_weights(MiniMindForCausalLM(LMConfig()), path, Tokenizer())
-    return path
 
 
 def help_time(script: str) -> float:

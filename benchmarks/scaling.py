@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from goals import spread
 from machine import describe, machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,12 +138,6 @@ def table(figures: dict[str, list[dict[str, float]]]) -> list[str]:
             ]
             lines.append(f"| {dtype} | {way} | {speeds} | {cells[0]} | {cells[1]} |")
     return lines
-
-
-def spread(values: list[float], form: str) -> str:
-    """Return the median and, in brackets, the range."""
-    low, high = format(min(values), form), format(max(values), form)
-    return f"{format(statistics.median(values), form)} ({low} to {high})"
 
 
 if __name__ == "__main__":

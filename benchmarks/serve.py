@@ -111,7 +111,7 @@ class Bench:
         self.notes: list[str] = []
         self.source = random.Random(0)
         self.tokenizer = Tokenizer()
-        weights = args.weights or str(random_weights(folder, self.tokenizer))
+        weights = args.weights or str(random_weights(folder))
         parts, n_slots = args.only, max(args.streams)
         self.engine = self.engine_alone = None
         if "engine" in parts:

@@ -152,13 +152,17 @@ def end(process: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
 
 
-def random_weights(folder: Path, tokenizer: Tokenizer) -> Path:
-    """Write a 26 M model that has learned nothing."""
+def random_weights(folder: Path, **fields: Any) -> Path:
+    """Write a model that has learned nothing: of 26 M, or what the config's ``fields`` make."""
     torch.manual_seed(0)
-    path = folder / "random_512.pth"
-    save_weights(MiniMindForCausalLM(LMConfig()), path, tokenizer)
+    config = LMConfig(**fields)
+    path = folder / f"random_{config.dim}.pth"
+    save_weights(MiniMindForCausalLM(config), path, Tokenizer())
     return path
 
 
