@@ -8,8 +8,6 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from machine import memory_mb
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,12 +67,11 @@ def missing(name: str) -> str | None:
         return "litgpt is not installed"
     if kind == "trainer" and importlib.util.find_spec("accelerate") is None:
         return "accelerate is not installed, which transformers.Trainer needs"
-    if (
-        compiled
-        and not torch.cuda.is_available()
-        and not any(map(shutil.which, ("g++", "clang++")))
-    ):
-        return "there is neither g++ nor clang++"
+    if compiled:
+        from model.engine import can_compile  # here: what a worker has imported is measured
+
+        if not can_compile("cuda" if torch.cuda.is_available() else "cpu"):
+            return "there is neither g++ nor clang++"
     return None
 
 
@@ -154,16 +152,6 @@ def text_batches(args: argparse.Namespace, config: LMConfig) -> list[Batch]:
 
 
 # ---- pace ----
-
-
-def memory_mb() -> float:
-    """Return the most memory that this process has had."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would tell of the parent's, too
-        fields = status.read_text("utf-8").split()
-        return int(fields[fields.index("VmHWM:") + 1]) * 1024 / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 class Pacer:

@@ -1,7 +1,9 @@
-"""What a figure was measured on: the facts that every benchmark says beside its table."""
+"""What a figure was measured on, and the memory of a process: what benchmarks share."""
 
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -28,3 +30,13 @@ def describe(facts: dict[str, str | int | float]) -> str:
         f"{facts['processor']}, {facts['cores']} cores, {facts['system']}, Python "
         f"{facts['python']}, torch {facts['torch']}; load at start {facts['load']}"
     )
+
+
+def memory_mb() -> float:
+    """Return the most memory that this process has had."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would tell of the parent's, too
+        fields = status.read_text("utf-8").split()
+        return int(fields[fields.index("VmHWM:") + 1]) * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
