@@ -39,6 +39,7 @@ def line(record: dict[str, Any]) -> str:
     for key, label, form in (
         ("loss", "loss", ".4f"),
         ("val_loss", "val_loss", ".4f"),
+        ("reference_loss", "reference", ".4f"),
         ("val_bpb", "bits/byte", ".4f"),
         ("accuracy", "accuracy", ".3f"),
         ("margin", "margin", "+.3f"),

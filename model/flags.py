@@ -289,6 +289,12 @@ def training_parser(
     add("--log_interval", type=positive(int), default=10, help="updates between log lines")
     add("--eval_interval", type=positive(int), default=250, help="updates between validations")
     add("--save_interval", type=positive(int), default=250, help="updates between saves")
+    add(
+        "--compare_with",
+        metavar="RUN",
+        help="draw this run's held-out loss into curve.png: its folder in out/logs, or a name in "
+        "docs/reference",
+    )
     add("--keep_last", type=positive(int), default=2, help="training states kept on disk")
     add_switch(watching, "--resume", "go on from the last save, or start anew where there is none")
     add_switch(watching, "--resume_anyway", "resume although data or settings changed")

@@ -1,5 +1,6 @@
 """The record of a run: metrics.jsonl, config.json, curve.png, and a copy for Weights & Biases."""
 
+import bisect
 import json
 import math
 import os
@@ -11,15 +12,81 @@ from typing import Any
 
 from .states import atomic_write, write_json
 
+FAINT = {"color": "gray", "linewidth": 1, "markersize": 3}  # how a reference is drawn
+REFERENCES = Path(__file__).resolve().parents[1] / "docs" / "reference"
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return all whole lines of a ``metrics.jsonl``; the last may have been cut by a kill."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text("utf-8", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def points(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """Return ``key`` over the tokens seen, in millions, where it was measured."""
+    return [(r["tokens"] / 1e6, r[key]) for r in records if r.get(key) is not None]
+
+
+class Reference:
+    """The record of another run, to see whether one's own goes as it should.
+
+    Args:
+        run: its folder or its ``metrics.jsonl``, or the name of a run in ``docs/reference/``.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+        ValueError: it was never validated.
+    """
+
+    def __init__(self, run: str) -> None:
+        places = (Path(run, "metrics.jsonl"), Path(run), REFERENCES / f"{run}.jsonl")
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            shipped = ", ".join(sorted(file.stem for file in REFERENCES.glob("*.jsonl")))
+            raise FileNotFoundError(
+                f"{run} is no run to compare with: name its folder in out/logs/, its metrics.jsonl"
+                + (f", or one that ships with the project ({shipped})" if shipped else "")
+            )
+        is_log = path.name == "metrics.jsonl"
+        self.name = path.resolve().parent.name if is_log else path.stem
+        self.records = read_records(path)
+        self.losses = points(self.records, "val_loss")
+        if not self.losses:
+            raise ValueError(f"{path} holds no val_loss: compare with a run that was validated")
+
+    def loss_at(self, tokens: int) -> float | None:
+        """Return its held-out loss after as many tokens, between two validations on a line."""
+        place = tokens / 1e6
+        after = bisect.bisect_left(self.losses, (place, -math.inf))
+        if after == len(self.losses):
+            return None
+        (x1, y1) = self.losses[after]
+        if x1 == place:
+            return y1
+        if after == 0:
+            return None
+        (x0, y0) = self.losses[after - 1]
+        return y0 + (y1 - y0) * (place - x0) / (x1 - x0)
+
 
 class RunLog:
     """The folder ``out/logs/<run>/``; one object a line in ``metrics.jsonl``, each written at
-    once.
+    once. The curve shows the ``reference`` too.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, reference: Reference | None = None) -> None:
         self.folder = folder
         self.path = folder / "metrics.jsonl"
+        self.reference = reference
 
     def start(self, settings: dict[str, Any], is_kept: Callable[[dict[str, Any]], bool]) -> None:
         """Write the settings; of the lines of an earlier start keep those that ``is_kept`` says."""
@@ -52,18 +119,8 @@ class RunLog:
         return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
 
     def records(self) -> list[dict[str, Any]]:
-        """Return all whole lines; the last may have been cut by a kill."""
-        if not self.path.is_file():
-            return []
-        records = []
-        for line in self.path.read_text("utf-8", errors="replace").split("\n"):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
-        return records
+        """Return all whole lines."""
+        return read_records(self.path)
 
     def draw(self) -> Path | None:
         """Draw loss and validation loss over tokens; None where matplotlib is missing."""
@@ -75,9 +132,11 @@ class RunLog:
         figure = Figure(figsize=(7, 4), dpi=120)
         axes = figure.subplots()
         for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-")):
-            points = [(r["tokens"] / 1e6, r[key]) for r in records if r.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+            if found := points(records, key):
+                axes.plot(*zip(*found, strict=True), style, label=label, linewidth=1, markersize=3)
+        if self.reference:
+            label = f"held out, {self.reference.name}"
+            axes.plot(*zip(*self.reference.losses, strict=True), "s--", label=label, **FAINT)
         axes.set_xlabel("million tokens")
         is_of_pairs = any("margin" in record for record in records)
         axes.set_ylabel(f"loss, nats per {'pair' if is_of_pairs else 'trained token'}")

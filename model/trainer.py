@@ -23,7 +23,7 @@ from .expert_load import ExpertLoad, spread
 from .generation import generate
 from .losses import IGNORED, Batch, LossFn, language_model_loss
 from .memory import Budget
-from .metrics import RunLog, WandbLog
+from .metrics import Reference, RunLog, WandbLog
 from .model import MiniMindForCausalLM
 from .order import Sampler
 from .prefetch import prefetch
@@ -116,7 +116,8 @@ class Run:
             torch.manual_seed(args.seed + runtime.rank)
         self.model = model = self.engine.model
         self.name = run_name(args, stage, model)
-        self.log = RunLog(Path(args.out_dir) / "logs" / self.name)
+        reference = Reference(args.compare_with) if args.compare_with else None
+        self.log = RunLog(Path(args.out_dir) / "logs" / self.name, reference)
         self.wandb: WandbLog | None = None
         self.held_out = data.held_out_batches()[runtime.rank :: runtime.world_size]
         self.progress = Progress()
@@ -402,6 +403,8 @@ class Run:
                 return
             record = {"step": progress.step, "epoch": self.epoch(), "tokens": progress.tokens}
             record |= result | {"elapsed_s": round(progress.elapsed_s, 3)}
+            if self.log.reference:
+                record["reference_loss"] = self.log.reference.loss_at(progress.tokens)
             has_room = len(self.sample_prompt or ()) < model.config.max_seq_len
             if self.sample_prompt and has_room and self.runtime.is_main:
                 record["sample"] = self.sample(model)

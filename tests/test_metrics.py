@@ -1,14 +1,16 @@
 """The record of a run: whole lines, valid JSON, cut back on resume, drawn."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 from tiny_runs import full_disk
 
-from model.metrics import RunLog, WandbLog
+from model.metrics import REFERENCES, Reference, RunLog, WandbLog
 
 
 def lines(log: RunLog) -> list[str]:
@@ -124,3 +126,46 @@ def test_wandb_that_is_missing_is_one_warning(
     log.write({"step": 1, "loss": 1.0})
     log.close(0)
     assert len(warnings) == 1 and "wandb is left out, the run goes on (" in warnings[0]
+
+
+def test_a_reference_is_read_between_its_validations(tmp_path: Path) -> None:
+    log = make_log(tmp_path, (1, 2))
+    tokens, losses = [100, 300, 900], [6.0, 5.0, 4.4]
+    for step, (place, loss) in enumerate(zip(tokens, losses, strict=True), start=3):
+        log.write({"step": step, "tokens": place, "val_loss": loss})
+    for run in (log.folder, log.path):
+        reference = Reference(str(run))
+        assert reference.name == log.folder.name
+        for place in (100, 150, 300, 301, 899, 900):
+            expected = np.interp(place, tokens, losses)
+            assert reference.loss_at(place) == pytest.approx(expected, abs=1e-9)
+        assert reference.loss_at(99) is None and reference.loss_at(901) is None
+
+
+def test_a_reference_is_drawn_in_gray(tmp_path: Path) -> None:
+    def n_gray_pixels(log: RunLog) -> int:
+        r, g, b = (imread(log.draw())[..., i] for i in range(3))
+        return int(((abs(r - 0.5) < 0.02) & (abs(r - g) < 0.01) & (abs(g - b) < 0.01)).sum())
+
+    other = make_log(tmp_path / "other", (1, 2, 3))
+    for step in range(4, 14):
+        other.write({"step": step, "tokens": 100 * step, "val_loss": 20.0 - step})
+    log = make_log(tmp_path, (1, 2, 3))
+    alone = n_gray_pixels(log)  # the rims of letters
+    log.reference = Reference(str(other.folder))
+    assert n_gray_pixels(log) > alone + 150
+
+
+def test_a_reference_that_cannot_serve_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no-such-run.*pretrain_512"):
+        Reference("no-such-run")
+    log = make_log(tmp_path, (1, 2))
+    with pytest.raises(ValueError, match="holds no val_loss"):
+        Reference(str(log.folder))
+
+
+@pytest.mark.parametrize("path", sorted(REFERENCES.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_shipped_references_fall(path: Path) -> None:
+    losses = [loss for _, loss in Reference(path.stem).losses]
+    assert len(losses) >= 4
+    assert all(b < 1.05 * a for a, b in itertools.pairwise(losses))  # few documents: some noise
