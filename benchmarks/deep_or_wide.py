@@ -81,6 +81,7 @@ def main() -> None:
     add = parser.add_argument
     add("--data_path", default="dataset/pretrain_data.csv", help="a table of pretraining text")
     add("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    add("--shapes", nargs="+", metavar="DIMxLAYERS", help="only these")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
     add("--steps", type=int, default=STEPS, help=f"updates of {ROWS} x 512 positions")
     add("--learning_rate", type=float, default=4e-3, help="Muon's peak rate")
@@ -92,6 +93,8 @@ def main() -> None:
     facts = machine()
     print(describe(facts))
     shapes = [Shape(size, *shape) for size in args.sizes for shape in SHAPES[size]]
+    if args.shapes:
+        shapes = [shape for shape in shapes if f"{shape.dim}x{shape.n_layers}" in args.shapes]
     if args.speed:
         rounds = range(SPEED_ROUNDS)
         speeds = [{str(shape): speed(shape, args, n) for shape in shapes} for n in rounds]
@@ -103,7 +106,7 @@ def main() -> None:
             pretrain(shape, seed, args)
     runs = [record(shape, seed, args) for shape in shapes for seed in args.seeds]
     args.json.write_text(json.dumps({"machine": facts, "runs": runs}, indent=1) + "\n", "utf-8")
-    for size in args.sizes:
+    for size in dict.fromkeys(shape.size for shape in shapes):
         show(size, runs)
 
 
@@ -139,7 +142,14 @@ def record(shape: Shape, seed: int, args: argparse.Namespace) -> Record:
     lines = RunLog(folder(shape, seed, args) / "logs" / f"pretrain_{shape.dim}").records()
     curve = [(line["tokens"], line["val_bpb"]) for line in lines if line.get("val_bpb")]
     facts = {**asdict(shape), "hidden_dim": shape.config.hidden_dim, "n_params": shape.n_params}
-    return {**facts, "seed": seed, "rate": args.learning_rate, "bpb": curve[-1][1], "curve": curve}
+    return {
+        **facts,
+        "seed": seed,
+        "rate": args.learning_rate,
+        "steps": args.steps,
+        "bpb": curve[-1][1],
+        "curve": curve,
+    }
 
 
 def show(size: str, runs: list[Record]) -> None:
