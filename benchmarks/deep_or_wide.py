@@ -35,7 +35,7 @@ SHAPES = {
     "3M": ((320, 1), (256, 2), (192, 4), (128, 12)),
     "9M": ((512, 2), (384, 4), (256, 10), (192, 19)),
 }
-STEPS, ROWS, EVAL_EVERY = 500, 4, 125
+STEPS, ROWS, N_VALIDATIONS = 500, 4, 4
 SPEED_STEPS, SPEED_ROUNDS = 30, 3
 Record = dict[str, Any]
 
@@ -124,7 +124,10 @@ def pretrain(shape: Shape, seed: int, args: argparse.Namespace) -> None:
     print(f"{shape.size} {shape} seed {seed}: training", flush=True)
     launch(
         shape,
-        [*"--resume --keep_last 1 --log_interval 25 --eval_interval".split(), str(EVAL_EVERY)]
+        [
+            *"--resume --keep_last 1 --log_interval 25 --eval_interval".split(),
+            str(args.steps // N_VALIDATIONS),
+        ]
         + ["--max_steps", str(args.steps), "--seed", str(seed), "--out_dir", str(out)],
         args,
     )

@@ -66,9 +66,9 @@ class Page:
             text = block.text.replace("\\\n", " ")
             quotes = ""  # a quoted text may go over several lines, as curl's bodies do
             for line in text.splitlines():
-                quotes += ("\n" if quotes else "") + line
+                quotes += ("\n" if quotes else "") + re.sub(r"(^|\s)#\s.*$", "", line)
                 if quotes.count("'") % 2 == 0:
-                    if command := re.sub(r"(^|\s)#\s.*$", "", quotes, flags=re.M).strip():
+                    if command := quotes.strip():
                         found.append((block.line, command))
                     quotes = ""
         return found

@@ -4,6 +4,7 @@ programs print what stands below them. That commands work is tested in test_docs
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -201,3 +202,38 @@ def assert_alike(printed: list[str], shown: list[str]) -> None:
             [float(n.replace(",", "")) for n in NUMBER.findall(text)] for text in (line, expected)
         )
         assert values == pytest.approx(wanted, rel=TOLERANCE), f"{line!r}, not {expected!r}"
+
+
+# ---- pictures ----
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "script",
+    sorted(
+        path.name
+        for path in (ROOT / "images" / "make").glob("*.py")
+        if "save(" in path.read_text("utf-8") and path.name not in ("style.py", "terminal.py")
+    ),
+)
+def test_pictures_are_what_their_scripts_draw(script: str, tmp_path: Path) -> None:
+    """Byte for byte, on a machine whose arithmetic is that of the one that drew them."""
+    for folder in ("model", "images", "docs", "dataset/demo"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    drawn = subprocess.run(
+        [sys.executable, f"images/make/{script}"],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    names = re.findall(r"^images/\S+\.svg$", drawn.stdout, re.M)
+    assert names, drawn.stdout
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes(), f"{name} is older"
+
+
+def test_pictures_are_shown_somewhere() -> None:
+    shown = {(p.path.parent / name).resolve() for p in PAGES for name in p.pictures}
+    there = {path for kind in ("svg", "png") for path in (ROOT / "images").rglob(f"*.{kind}")}
+    assert {path.name for path in there - shown} <= {"page_dark.png", "page_phone.png"}

@@ -25,21 +25,10 @@ from tiny_runs import free_port
 NOT_RUN = {
     "make demo": "it installs packages; what it runs is run",
     "make test": "it is what runs this",
-    "make soak": "hours",
-    "make lint": "it installs packages",
-    "git clone": "needs the network",
     "pip install": "installs packages",
     "-m venv": "makes another environment",
     "-m pytest": "it is what runs this",
     "--nnodes": "needs several machines",
-    "docker run": "needs docker and the network",
-    "ollama ": "needs ollama",
-    "llama-": "needs llama.cpp",
-    "wandb sync": "needs an account",
-    "benchmarks/": "minutes; they have tests of their own",
-    "images/make/page.py": "needs fonts, and weights that talk",
-    "images/make/terminal.py": "needs weights that talk",
-    "images/make/ceval.py": "draws what is measured in minutes",
 }
 LAUNCHERS = ("torchrun ", "deepspeed ")
 SERVERS = {"my_openai_api.py": "/health", "fast_inference.py": "/_stcore/health"}
@@ -54,12 +43,12 @@ TINY = {
     "NUM_WORKERS": "1",
     "VOCAB_SIZE": "400",
 }
-COMMANDS = [
-    (page, line, command)
+PAGES = [  # twins have the same commands; a log keeps those of its day
+    page
     for page in all_pages()
     if not page.name.endswith("_zh.md") and page.name != "benchmarks/LOG.md"
-    for line, command in page.commands()
 ]
+COMMANDS = [(page, line, command) for page in PAGES for line, command in page.commands()]
 
 
 def reason_not_to_run(command: str) -> str | None:
@@ -232,7 +221,7 @@ def flags_of(script: str) -> set[str]:
     return set(re.findall(r"--[a-z]\w*", done.stdout)) | {"--help"}
 
 
-@pytest.mark.parametrize("page", all_pages(), ids=name_of)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_flags_that_are_named_exist(page: Page) -> None:
     """In commands, those that are not run and those in the text included."""
     inline = re.findall(r"`((?:python|torchrun|deepspeed) [^`]+)`", page.prose)
