@@ -122,15 +122,9 @@ def pretrain(shape: Shape, seed: int, args: argparse.Namespace) -> None:
     if any(r["step"] == args.steps and r.get("val_bpb") for r in log.records()):
         return
     print(f"{shape.size} {shape} seed {seed}: training", flush=True)
-    launch(
-        shape,
-        [
-            *"--resume --keep_last 1 --log_interval 25 --eval_interval".split(),
-            str(args.steps // N_VALIDATIONS),
-        ]
-        + ["--max_steps", str(args.steps), "--seed", str(seed), "--out_dir", str(out)],
-        args,
-    )
+    flags = "--resume --keep_last 1 --log_interval 25".split()
+    flags += ["--eval_interval", str(args.steps // N_VALIDATIONS), "--max_steps", str(args.steps)]
+    launch(shape, [*flags, "--seed", str(seed), "--out_dir", str(out)], args)
 
 
 def launch(shape: Shape, flags: list[str], args: argparse.Namespace) -> None:
