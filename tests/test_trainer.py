@@ -637,3 +637,25 @@ def test_a_full_device_is_advised_on(corpus: Path, tmp_path: Path) -> None:
 
     with pytest.raises(MemoryError, match="memory of cpu is full: lower --batch_size and raise"):
         run_with(corpus, tmp_path, loss_fn, "--max_steps 2")
+
+
+def test_a_run_is_compared_with_another(corpus: Path, tmp_path: Path) -> None:
+    """The same run again has the reference's loss at each validation; one of other rows has not."""
+    flags = "--max_steps 6 --eval_interval 2"
+    pretrain(corpus, tmp_path / "1", flags)
+    reference = f"--compare_with {tmp_path}/1/logs/pretrain_32"
+    pretrain(corpus, tmp_path / "2", flags, reference)
+    pretrain(corpus, tmp_path / "3", flags, reference, "--seed 1")
+    again, other = (
+        [(r["val_loss"], r["reference_loss"]) for r in records(tmp_path / n) if "val_loss" in r]
+        for n in "23"
+    )
+    assert len(again) == 3 and all(own == its for own, its in again)
+    within = [(own, its) for own, its in other if its is not None]  # of as many tokens as the first
+    assert within and all(own != its for own, its in within)
+
+
+def test_an_unknown_reference_is_told_before_training(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no_such_run is no run to compare with"):
+        pretrain(corpus, tmp_path, "--compare_with no_such_run")
+    assert not (tmp_path / "logs").exists()
