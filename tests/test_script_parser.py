@@ -9,21 +9,28 @@ from model.script_parser import ScriptParser
 def parser() -> ScriptParser:
     parser = ScriptParser("a script")
     parser.add_argument("stage", nargs="?")
-    parser.add_argument("--max_steps", type=int, default=7)
+    parser.add_argument("--max_steps", "--max_updates", type=int, default=7)
     parser.add_argument("--schedule", choices=("linear", "cosine"))
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--resume", nargs="?", const=True, default=False)
     parser.add_argument("--input", nargs="+")
     parser.add_argument("--add_model", action="append", default=[])
+    parser.add_argument("--lora", nargs="?", const="new")
     parser.add_argument("--api_key")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--interactive", action="store_true")
+    what.add_argument("--prompt", action="append")
     return parser
 
 
 ENVIRONMENT = {
     "MAX_STEPS": ("20", "max_steps", 20),
+    "MAX_UPDATES": ("20", "max_steps", 20),
     "SCHEDULE": ("cosine", "schedule", "cosine"),
     "DETERMINISTIC": ("true", "deterministic", True),
-    "RESUME": ("true", "resume", "true"),
+    "RESUME": ("true", "resume", True),
+    "LORA": ("out/lora_512", "lora", "out/lora_512"),
+    "INTERACTIVE": ("1", "interactive", True),
     "INPUT": ("a.csv 'b c.csv'", "input", ["a.csv", "b c.csv"]),
     "ADD_MODEL": ("x=y", "add_model", ["x=y"]),
 }
@@ -45,11 +52,31 @@ def test_the_command_line_goes_first(parser: ScriptParser, monkeypatch: pytest.M
     args = parser.parse_args(["sft", "--max_steps", "3", "--schedule=linear"])
     assert args.schedule == "linear"
     assert (args.stage, args.max_steps, args.input) == ("sft", 3, ["a", "b"])
+    assert parser.parse_args(["--max_st", "3"]).max_steps == 3, "abbreviated"
+    assert parser.parse_args(["--", "sft"]).stage == "sft"
+    monkeypatch.setenv("MINIMIND_LORA", "true")
+    assert parser.parse_args([]).lora == "new"
+    monkeypatch.setenv("MINIMIND_ADD_MODEL", "a")
+    assert parser.parse_args(["--add_model", "b"]).add_model == ["b"]
+
+
+def test_a_flag_that_is_given_switches_off_what_excludes_it(
+    parser: ScriptParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIMIND_INTERACTIVE", "true")
+    args = parser.parse_args(["--prompt", "x"])
+    assert (args.prompt, args.interactive) == (["x"], False)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    (("MAX_STEPS", ""), ("DETERMINISTIC", "false"), ("NO_SUCH_FLAG", "1"), ("API_KEY", "secret")),
+    (
+        ("MAX_STEPS", ""),
+        ("DETERMINISTIC", "false"),
+        ("NO_SUCH_FLAG", "1"),
+        ("API_KEY", "secret"),
+        ("MAX_STEPS", "tcp://10.0.0.1:8000"),
+    ),
 )
 def test_what_leaves_a_script_as_it_is(
     name: str, value: str, parser: ScriptParser, monkeypatch: pytest.MonkeyPatch
@@ -60,7 +87,8 @@ def test_what_leaves_a_script_as_it_is(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), (("MAX_STEPS", "many"), ("SCHEDULE", "square"), ("DETERMINISTIC", "maybe"))
+    ("name", "value"),
+    (("MAX_STEPS", "many"), ("SCHEDULE", "square"), ("DETERMINISTIC", "maybe"), ("INPUT", "it's")),
 )
 def test_a_bad_value_is_checked_and_traced_to_the_environment(
     name: str,
