@@ -34,13 +34,17 @@ class ScriptParser(argparse.ArgumentParser):
         found = {action: from_environment(action) for action in self._actions}
         found = {action: (name, text) for action, (name, text) in found.items() if name}
         usual = {action: action.default for action in found}
+        usual_of_all = self._defaults
+        names = {action.dest for action in found}
         for action in found:  # what is not given stays away from the namespace
             action.default = argparse.SUPPRESS
+        self._defaults = {k: v for k, v in usual_of_all.items() if k not in names}
         try:
             parsed, rest = super().parse_known_args(args, namespace)
         finally:
             for action in found:
                 action.default = usual[action]
+            self._defaults = usual_of_all
         given = {action for action in found if hasattr(parsed, action.dest)}
         excluded = self._excluded_by(parsed)
         used = []

@@ -17,6 +17,8 @@ def parser() -> ScriptParser:
     parser.add_argument("--add_model", action="append", default=[])
     parser.add_argument("--lora", nargs="?", const="new")
     parser.add_argument("--api_key")
+    parser.add_argument("--top_k", type=int)
+    parser.set_defaults(top_k=16)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--interactive", action="store_true")
     what.add_argument("--prompt", action="append")
@@ -31,6 +33,7 @@ ENVIRONMENT = {
     "RESUME": ("true", "resume", True),
     "LORA": ("out/lora_512", "lora", "out/lora_512"),
     "INTERACTIVE": ("1", "interactive", True),
+    "TOP_K": ("3", "top_k", 3),
     "INPUT": ("a.csv 'b c.csv'", "input", ["a.csv", "b c.csv"]),
     "ADD_MODEL": ("x=y", "add_model", ["x=y"]),
 }
