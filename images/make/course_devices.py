@@ -30,6 +30,7 @@ def main() -> None:
         with torch.device("meta"):  # shapes alone, without memory
             models[name] = MiniMindForCausalLM(LMConfig(**fields))
     figure, (left, right) = chart(8.4, 3.7, columns=2)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     n_params = sum(p.numel() for p in models[SHOWN].parameters())
     draw_states(left, n_params)
     for way, colour in enumerate(COLOURS):
@@ -40,7 +41,7 @@ def main() -> None:
         places = [place + 0.2 * (way - 1.5) for place in range(len(models))]
         right.bar(places, peaks, 0.18, color=colour, label=WAYS[way])
     right.set_xticks(range(len(models)), [name.removeprefix("minimind-") for name in models])
-    right.set_title(f"estimated peak of a rank, {TOKENS:,} tokens a step, bf16", fontsize=10)
+    right.set_title(f"estimated peak of each of {RANKS} ranks, bf16", fontsize=10)
     finish(right)
     save(figure, "course/devices")
 
