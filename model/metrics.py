@@ -33,7 +33,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def points(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """Return ``key`` over the tokens seen, in millions, where it was measured."""
-    return [(r["tokens"] / 1e6, r[key]) for r in records if r.get(key) is not None]
+    found = [r for r in records if r.get(key) is not None and r.get("tokens") is not None]
+    return [(r["tokens"] / 1e6, r[key]) for r in found]
 
 
 class Reference:

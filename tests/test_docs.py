@@ -105,6 +105,29 @@ def test_code_that_is_shown_stands_in_the_source(page: Page, code: Code) -> None
             place, may_skip = where + 1, False
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name.startswith("docs/")], ids=by_name)
+def test_no_python_goes_untested(page: Page) -> None:
+    for code in page.code:
+        if code.language == "python":
+            is_known = code.marker == "run" or re.fullmatch(r"[\w./-]+\.py: [\w.]+", code.marker)
+            assert is_known, f"{page.name}:{code.line}: neither a program nor an excerpt"
+
+
+def test_flags_in_the_text_are_some_scripts() -> None:
+    """Those of launchers, pip and pytest apart."""
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("model/*.py"), *ROOT.glob("benchmarks/*.py")]
+    sources += [*ROOT.glob("images/make/*.py")]
+    known = {f for path in sources for f in re.findall(r"--[a-z]\w*", path.read_text("utf-8"))}
+    known |= set("--nproc_per_node --nnodes --rdzv_endpoint --num_gpus --hostfile --no_ssh".split())
+    known |= set("--node_rank --master_addr --master_port --dist".split())
+    for page in PAGES:
+        for inline in re.findall(r"`([^`]+)`", page.prose):
+            if page.name == "benchmarks/LOG.md":
+                continue
+            unknown = set(re.findall(r"(?<![\w-])--[a-z]\w*", inline)) - known
+            assert not unknown, f"{page.name}: no script has {' '.join(unknown)}"
+
+
 # ---- two languages ----
 
 
@@ -236,4 +259,4 @@ def test_pictures_are_what_their_scripts_draw(script: str, tmp_path: Path) -> No
 def test_pictures_are_shown_somewhere() -> None:
     shown = {(p.path.parent / name).resolve() for p in PAGES for name in p.pictures}
     there = {path for kind in ("svg", "png") for path in (ROOT / "images").rglob(f"*.{kind}")}
-    assert {path.name for path in there - shown} <= {"page_dark.png", "page_phone.png"}
+    assert {path.name for path in there - shown} <= {"page_phone.png"}
