@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from goals import spread
 from machine import describe, machine
 
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from model.LMConfig import LMConfig  # noqa: E402 (the line above finds it)
 from model.metrics import RunLog  # noqa: E402
+from model.model import MiniMindForCausalLM  # noqa: E402
 
 HEAD_DIM = 32  # minimind-v1-small's; the number of heads follows from the width
 SIZES = {"3M": 3_000_000, "9M": 9_000_000}
@@ -66,9 +68,8 @@ class Shape:
 
     @property
     def n_params(self) -> int:
-        c = self.config
-        layer = 3 * c.dim**2 + 3 * c.dim * c.hidden_dim + 2 * c.dim
-        return c.vocab_size * c.dim + c.n_layers * layer + c.dim
+        with torch.device("meta"):
+            return sum(p.numel() for p in MiniMindForCausalLM(self.config).parameters())
 
     def __str__(self) -> str:
         return f"{self.dim} x {self.n_layers}"

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from .script_parser import ScriptParser
+from .script_parser import ScriptParser, boolean
 
 LORA_TARGETS = "wq wk wv wo w1 w2 w3"  # attention and feed-forward, experts too
 MODEL_NAMES = ("minimind-v1-small", "minimind-v1", "minimind-v1-moe")
@@ -80,15 +80,6 @@ def seed(text: str) -> int:
     if not -(2**63) <= value < 2**64:
         raise argparse.ArgumentTypeError(f"{text} does not fit 64 bits")
     return value
-
-
-def boolean(text: str) -> bool:
-    """Parse ``true`` or ``false``, as v1's launch commands spell them."""
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 def add_switch(group: argparse._ArgumentGroup, name: str, help_text: str, **kwargs: Any) -> None:

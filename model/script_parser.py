@@ -76,9 +76,12 @@ class ScriptParser(argparse.ArgumentParser):
         one = argparse.ArgumentParser(prog=self.prog, add_help=False, usage=argparse.SUPPRESS)
         one.error = lambda message: self.error(f"{message} (set in the environment: {name})")
         one._add_action(action)
-        is_true = text.lower() in ("true", "1", "yes")
-        if action.nargs == 0 and not is_true and text.lower() not in ("false", "0", "no"):
-            one.error(f"{name} is {text!r}: expected true or false")
+        is_true = False
+        try:
+            is_true = boolean(text)
+        except argparse.ArgumentTypeError as error:
+            if action.nargs == 0:
+                one.error(str(error))
         if action.nargs in (0, "?") and is_true:
             words = [flag]
         elif action.nargs == 0:
@@ -91,6 +94,15 @@ class ScriptParser(argparse.ArgumentParser):
             except ValueError as error:
                 one.error(f"{name} is {text!r}: {error}")
         return getattr(one.parse_args(words), action.dest)
+
+
+def boolean(text: str) -> bool:
+    """Parse ``true`` or ``false``, as v1's launch commands spell them."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 def names_of(action: argparse.Action) -> list[str]:

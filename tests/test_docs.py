@@ -121,9 +121,9 @@ def test_flags_in_the_text_are_some_scripts() -> None:
     known |= set("--nproc_per_node --nnodes --rdzv_endpoint --num_gpus --hostfile --no_ssh".split())
     known |= set("--node_rank --master_addr --master_port --dist".split())
     for page in PAGES:
+        if page.name == "benchmarks/LOG.md":  # which keeps the flags of its day
+            continue
         for inline in re.findall(r"`([^`]+)`", page.prose):
-            if page.name == "benchmarks/LOG.md":
-                continue
             unknown = set(re.findall(r"(?<![\w-])--[a-z]\w*", inline)) - known
             assert not unknown, f"{page.name}: no script has {' '.join(unknown)}"
 

@@ -13,11 +13,11 @@ from style import BLUE, FAINT, ORANGE, chart, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from model.ceval import CHANCE  # noqa: E402
 from model.evaluation import Share  # noqa: E402
 
 COUNTS = Path(__file__).with_suffix(".json")
 WAYS = (("by letters", BLUE, 0.15), ("by option text", ORANGE, -0.15))
-CHANCE = 25
 
 
 def main() -> None:
@@ -46,8 +46,8 @@ def main() -> None:
                 va="center",
                 fontsize=9,
             )
-    axes.axvline(CHANCE, color=FAINT, linestyle=(0, (4, 3)), linewidth=1.2, zorder=0)
-    axes.text(CHANCE - 1, len(exams) - 0.45, "chance", ha="right", va="center", fontsize=9)
+    axes.axvline(100 * CHANCE, color=FAINT, linestyle=(0, (4, 3)), linewidth=1.2, zorder=0)
+    axes.text(100 * CHANCE - 1, len(exams) - 0.45, "chance", ha="right", va="center", fontsize=9)
     axes.set_yticks(range(len(exams)), [f"{e['model']}\n{e['exam']}" for e in reversed(exams)])
     axes.set_ylim(-0.6, len(exams) - 0.3)
     axes.set_xlim(0, 102)

@@ -12,9 +12,14 @@ points there are of the demo's three stages on one thread: the commands that mak
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
-from style import BLUE, FAINT, ORANGE, chart, save
+from style import BLUE, FAINT, IMAGES, ORANGE, chart, save
+
+sys.path.insert(0, str(IMAGES.parent))
+
+from model.metrics import Reference  # noqa: E402
 
 POINTS = Path(__file__).with_suffix(".json")
 TITLES = {"pretrain": "pretraining", "full_sft": "fine-tuning", "dpo": "preferences"}
@@ -22,8 +27,7 @@ TITLES = {"pretrain": "pretraining", "full_sft": "fine-tuning", "dpo": "preferen
 
 def read_run(folder: Path) -> dict:
     """Return the points of a run: tokens and loss of training and of what was held out."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = Reference(str(folder)).records
     curves = {
         name: [[r["tokens"], round(r[key], 4)] for r in records if key in r]
         for name, key in (("training", "loss"), ("held out", "val_loss"))
